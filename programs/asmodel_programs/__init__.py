@@ -1,0 +1,1 @@
+"""The programs that come with asmodel: one file each, and each reads as a page of its paper."""

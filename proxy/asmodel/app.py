@@ -1,0 +1,230 @@
+"""The one place where everything meets: settings become plug-ins, the onion, models, a service, and an application.
+
+Importing this does nothing; `create_app(settings)` builds, and the application's lifespan opens and closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from asmodel import tracing
+from asmodel.access import Access
+from asmodel.chat import ChatCompletions
+from asmodel.errors import ConfigurationError, InvalidRequest
+from asmodel.exchange import Enveloped
+from asmodel.folders import load_folders
+from asmodel.models import Models, Preset, ServedProgram
+from asmodel.plugins import make, names, resolve
+from asmodel.programs import Program, programs_in
+from asmodel.protocols import Cache, Openable, Upstream
+from asmodel.routes import ModelList, Probe, alive, not_there, readiness
+from asmodel.service import Service
+from asmodel.settings import CacheSettings, Settings, UpstreamSettings
+from asmodel.upstreams import Cached, Limited, Metered, Price, Retried, Routed, Timed
+
+log = logging.getLogger("asmodel")
+
+ENDING = 5.0
+"""Seconds that requests which are cut off have to end their steps and say so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What settings come to: built, and not yet opened."""
+
+    settings: Settings
+    models: Models
+    service: Service
+    access: Access
+    store: Cache | None
+    providers: Mapping[str, Upstream]
+    """The plug-ins themselves, by upstream."""
+
+    def _openable(self) -> list[Openable]:
+        things: list[object] = [self.store, *self.providers.values()]
+        return [thing for thing in things if isinstance(thing, Openable)]
+
+    async def open(self) -> None:
+        """Open the store and every upstream, side by side; then the service answers."""
+        await asyncio.gather(*(thing.open() for thing in self._openable()))
+        self.service.ready.set()
+
+    async def close(self) -> None:
+        for failed in await asyncio.gather(*(t.close() for t in self._openable()), return_exceptions=True):
+            if isinstance(failed, BaseException):
+                log.warning("while closing: %s", type(failed).__name__)
+
+
+def all_programs(folders: Sequence[Path]) -> list[Program[Any, Any]]:
+    """The programs of installed packages and of folders. Raises ConfigurationError for what does not load."""
+    programs: list[Program[Any, Any]] = []
+    for name in names("programs"):
+        found = resolve("programs", name)
+        if isinstance(found, Program):
+            programs.append(found)
+        elif hasattr(found, "__dict__"):
+            programs += programs_in(cast("Any", found))
+    modules = load_folders(folders)
+    for module in modules:
+        defined = programs_in(module)
+        if not defined:
+            log.warning("%s defines no program", module.__file__)
+        programs += defined
+    return programs
+
+
+def _provider(name: str, settings: UpstreamSettings, where: str) -> Upstream:
+    made = make(
+        "upstreams",
+        settings.kind,
+        settings.plugin_options,
+        where=where,
+        beside=UpstreamSettings.model_fields,
+        name=name,
+        connect_timeout=settings.connect_timeout,
+    )
+    if not callable(getattr(made, "send", None)):
+        raise ConfigurationError(f'{where}: the plug-in "{settings.kind}" makes no upstream: it has no `send`')
+    return cast("Upstream", made)
+
+
+def onion(
+    providers: Mapping[str, Upstream],
+    settings: Mapping[str, UpstreamSettings],
+    store: Cache | None,
+) -> dict[str, Upstream]:
+    """Wrap each provider: Cached > Routed > Metered > Retried > Limited > Timed > provider."""
+    called: dict[str, Upstream] = {}
+    for name, s in settings.items():
+        timed = Timed(providers[name], name=name, first_byte=s.first_byte_timeout, total=s.timeout)
+        retried = Retried(Limited(timed, slots=s.concurrency), retries=s.retries)
+        base_url, model = str(s.options.get("base_url") or ""), str(s.options.get("model") or s.kind)
+        address = urlsplit(base_url).netloc or None
+        provider = model.partition("/")[0] if s.kind == "litellm" and "/" in model else s.kind
+        p = s.price
+        price = None if p is None else Price(input=p.input, output=p.output, cached_input=p.cached_input)
+        called[name] = Metered(retried, name=name, provider=provider, model=model, address=address, price=price)
+    # One book of what is in flight: two names of one model buy one answer.
+    flights: dict[str, Any] = {}
+    return {
+        name: Cached(Routed([called[name], *(called[equal] for equal in s.equals)]), store, flights)
+        for name, s in settings.items()
+    }
+
+
+def build(settings: Settings) -> Parts:
+    """Make everything that the settings name. Raises ConfigurationError; opens nothing."""
+    upstreams = settings.effective_upstreams
+    providers = {name: _provider(name, s, f"upstreams.{name}") for name, s in upstreams.items()}
+    store: Cache | None = None
+    if settings.cache.kind != "off":
+        options = settings.cache.options
+        made = make("caches", settings.cache.kind, options, where="cache", beside=CacheSettings.model_fields)
+        store = cast("Cache", made)
+    models = Models(
+        all_programs(settings.program_folders),
+        onion(providers, upstreams, store),
+        presets={
+            name: Preset(program=p.program, params=p.params, roles=p.roles, description=p.description)
+            for name, p in settings.models.items()
+        },
+        roles=settings.roles,
+        program_roles={name: p.roles for name, p in settings.programs.items()},
+        program_params={name: p.params for name, p in settings.programs.items()},
+        store=store,
+    )
+    for model in models.all():
+        # What the settings say of parameters is wrong from the start, not at the first request.
+        if isinstance(model, ServedProgram) and model.params:
+            try:
+                model.program.check_params(model.params)
+            except InvalidRequest as error:
+                raise ConfigurationError(f'settings of "{model.name}": {error}') from None
+    service = Service(
+        models,
+        store=store,
+        limits=settings.limits.run,
+        program_limits={name: p.limits.run for name, p in settings.programs.items()},
+        cache_programs=settings.cache.programs,
+        cache_upstreams=settings.cache.upstreams,
+    )
+    access = Access({name: key.get_secret_value() for name, key in settings.keys.items()})
+    return Parts(settings=settings, models=models, service=service, access=access, store=store, providers=providers)
+
+
+def create_app(
+    settings: Settings, *, parts: Parts | None = None, on_failure: Callable[[BaseException], None] | None = None
+) -> Starlette:
+    """The ASGI application. Its lifespan opens what the settings name and closes it; `on_failure` hears of what cannot
+    be opened, after which the server should end.
+    """
+    parts = parts or build(settings)
+    service = parts.service
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        traces = tracing.configure(local=settings.traces.path if settings.traces.local else None)
+        opening = asyncio.create_task(parts.open())
+
+        def opened(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("cannot serve: %s", error)
+                if on_failure is not None:
+                    on_failure(error)
+
+        opening.add_done_callback(opened)
+        try:
+            yield
+        finally:
+            service.draining = True
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            # Requests that were cut off are cancelled already, and are ending.
+            await service.idle(ENDING)
+            await parts.close()
+            # After the runs have ended: a span that ends later would not be exported.
+            await asyncio.to_thread(traces.shutdown)
+
+    limits = settings.limits
+    chat = ChatCompletions(
+        service,
+        parts.access,
+        body_bytes=limits.body_bytes,
+        messages=limits.messages,
+        n=limits.n,
+        progress=settings.progress,
+    )
+    notes: dict[str, dict[str, Any]] = {
+        name: {
+            "upstream_kind": s.kind,
+            "description": "the embedded model, because no upstream is set" if settings.embedded_by_default else "",
+        }
+        for name, s in settings.effective_upstreams.items()
+    }
+    models = ModelList(parts.models, parts.access, notes)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/models", models, methods=["GET"]),
+            Route("/v1/models/{id:path}", models, methods=["GET"]),
+            Route("/healthz", Probe(alive), methods=["GET"]),
+            Route("/readyz", Probe(readiness(service)), methods=["GET"]),
+        ],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: not_there},
+    )
+    # What is not there is said in the envelope, never redirected to what may be meant.
+    app.router.redirect_slashes = False
+    app.add_middleware(Enveloped)
+    return app

@@ -1,0 +1,322 @@
+"""The `asmodel` command: each subcommand is a few lines over the parts, and imports what is slow where it is used."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from asmodel.errors import AsmodelError, ConfigurationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from asmodel.app import Parts
+    from asmodel.settings import Settings
+
+T = TypeVar("T")
+
+CONFIG_HELP = "Settings file; asmodel.toml in this folder if there is one."
+PROGRAMS_HELP = "Folder of program files; may be given several times."
+
+
+def _config(function: Callable[..., T]) -> Callable[..., T]:
+    """The two options that every command with settings has."""
+    programs = click.option("--programs", "folders", type=click.Path(path_type=Path), multiple=True, help=PROGRAMS_HELP)
+    config = click.option("--config", type=click.Path(path_type=Path), help=CONFIG_HELP)
+    return config(programs(function))
+
+
+class _Commands(click.Group):
+    """Commands in the order in which one needs them, and every error of ours as one message and exit code 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AsmodelError as error:
+            for line in error.message.splitlines():
+                click.echo(f"asmodel: {line}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="asmodel")
+def main() -> None:
+    """Serve LLM programs as models.
+
+    A program is Python that keeps the state and asks models in small steps. Clients of OpenAI's API select it by the
+    model name, and get one ordinary completion.
+
+    \b
+    asmodel new haiku        write a program that works, and its test
+    asmodel serve            answer on http://127.0.0.1:8000/v1
+    asmodel run haiku "…"    ask without a server
+    asmodel trace            see what was done, step by step
+    """
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def _settings(config: Path | None, folders: tuple[Path, ...], **flags: Any) -> Settings:
+    from asmodel.settings import load
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    if folders:
+        given["program_folders"] = list(folders)
+    return load(config, given)
+
+
+@main.command()
+@_config
+@click.option("--host", help="Address to listen at; 127.0.0.1 unless set.  Others need [keys].")
+@click.option("--port", type=int, help="Port to listen at; 8000 unless set. 0 takes a free one.")
+@click.option("--workers", type=int, help="Processes that answer; 1 unless set.")
+@click.option("--reload", is_flag=True, help="Start again when a program file or the settings change.")
+def serve(
+    config: Path | None,
+    folders: tuple[Path, ...],
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    reload: bool,
+) -> None:
+    """Answer OpenAI's API: POST /v1/chat/completions, GET /v1/models.
+
+    Nothing is listened at until settings, programs and names are found to be right. With no upstream set, the embedded
+    model answers.
+    """
+    from asmodel.server import serve as run
+
+    settings = _settings(config, folders, host=host, port=port, workers=workers)
+    run(settings, config=config, reload=reload, console=_console(stderr=True))
+
+
+@main.command()
+@click.argument("program")
+@click.argument("question")
+@_config
+@click.option("--param", "params", multiple=True, metavar="K=V", help="A parameter; V is JSON, or else text.")
+@click.option(
+    "--params", "params_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON file."
+)
+@click.option("--upstream", help="Who plays every role.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer, its citations and the receipt as JSON.")
+def run(
+    program: str,
+    question: str,
+    config: Path | None,
+    folders: tuple[Path, ...],
+    params: tuple[str, ...],
+    params_file: Path | None,
+    upstream: str | None,
+    as_json: bool,
+) -> None:
+    """Ask PROGRAM a QUESTION, without a server. Shares the cache and the traces with one.
+
+    \b
+    asmodel run plain "Why is the sky blue?"
+    asmodel run evidence-qa "Who rang the bell?" --params paragraphs.json
+    asmodel run self-consistency "What is 17 * 23?" --param samples=3
+    """
+    from asmodel.asking import ask
+
+    settings = _settings(config, folders)
+    given = _params(params, params_file)
+    code = ask(settings, program, question, given, upstream=upstream, as_json=as_json)
+    sys.exit(code)
+
+
+def _params(pairs: tuple[str, ...], file: Path | None) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    if file is not None:
+        try:
+            given = json.loads(file.read_text())
+        except OSError as error:
+            raise ConfigurationError(f"--params {file}: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"{file}:{error.lineno}: is not JSON: {error.msg}") from None
+        if not isinstance(given, dict):
+            raise ConfigurationError(f'{file}: should be a JSON object of parameters, such as {{"paragraphs": ["…"]}}')
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigurationError(f"--param {pair}: should be NAME=VALUE")
+        try:
+            given[name] = json.loads(text)
+        except json.JSONDecodeError:
+            given[name] = text
+    return given
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+@main.command()
+@_config
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def programs(config: Path | None, folders: tuple[Path, ...], as_json: bool) -> None:
+    """List the programs, what they take, and where they come from."""
+    from asmodel.app import all_programs
+
+    settings = _settings(config, folders)
+    found = sorted(all_programs(settings.program_folders), key=lambda p: p.name)
+    if as_json:
+        rows = [
+            {
+                "name": p.name,
+                "description": p.description,
+                "params": p.params.model_json_schema() if p.params else None,
+                "supports": sorted(p.supports),
+                "roles": sorted({s.role for s in p.steps}),
+                "file": str(p.file),
+                "digest": p.digest,
+            }
+            for p in found
+        ]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max((len(p.name) for p in found), default=0) + 2
+    for p in found:
+        params = ", ".join(p.params.model_fields) if p.params else "none"
+        roles = ", ".join(sorted({s.role for s in p.steps})) or "none"
+        click.echo(f"{p.name:{width}}{p.description}")
+        click.echo(f"{'':{width}}params {params} · roles {roles} · {_short(p.file)}")
+
+
+def _short(file: Path | None) -> str:
+    if file is None:
+        return "?"
+    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else f"{file.parent.name}/{file.name}"
+
+
+def _word(value: object) -> str:
+    return "yes" if value is True else "no" if value is False else str(value)
+
+
+def _opened(settings: Settings, work: Callable[[Parts], Any]) -> Any:
+    """Build, prepare and open the parts around some work; each part once, and closed whatever happens."""
+    from asmodel.app import build
+    from asmodel.preparing import prepared
+
+    parts = build(settings)
+
+    async def around() -> Any:
+        try:
+            await parts.open()
+            return await work(parts)
+        finally:
+            await parts.close()
+
+    with prepared(parts):
+        return asyncio.run(around())
+
+
+@main.command()
+@_config
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def upstreams(config: Path | None, folders: tuple[Path, ...], as_json: bool) -> None:
+    """Try each upstream, and say what it can do. Asks each for one token, and for a log-likelihood."""
+    from asmodel.probing import probe
+
+    settings = _settings(config, folders)
+    rows = _opened(settings, probe)
+    if as_json:
+        click.echo(json.dumps([row.as_json() for row in rows], indent=2))
+    else:
+        for row in rows:
+            click.echo(f"{row.name} ({row.kind}): " + (row.error or f"answers, as {row.answers}"))
+            told = (f"{name} {_word(value)}" for name, value in row.can.items())
+            click.echo(f"    {' · '.join(told)}\n    identity {row.identity}")
+    if any(row.error for row in rows):
+        sys.exit(1)
+
+
+@main.command()
+@_config
+def check(config: Path | None, folders: tuple[Path, ...]) -> None:
+    """Check settings, programs, names and roles, and show who plays each role. Exit code 2 where something is wrong."""
+    from asmodel.probing import roles
+
+    settings = _settings(config, folders)
+    rows, problems = _opened(settings, roles)
+    table = _table("program", "step", "role", "played by", "")
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    console.print(table)
+    for problem in problems:
+        console.print(f"\nasmodel: {problem}", markup=False)
+    if problems:
+        sys.exit(2)
+    console.print("\nAll well.")
+
+
+@main.command()
+@click.argument("id", required=False)
+@_config
+@click.option("--all", "everything", is_flag=True, help="Do not fold steps that are alike.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many runs to list.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def trace(
+    id: str | None, config: Path | None, folders: tuple[Path, ...], everything: bool, limit: int, as_json: bool
+) -> None:
+    """List the last runs, or draw the one whose trace or run id begins with ID; `last` is the last one."""
+    from asmodel import trace_store, trace_view
+
+    settings = _settings(config, folders)
+    path = settings.traces.path or trace_store.default_path(os.environ)
+    if id is None:
+        rows = trace_store.runs(path, limit=limit)
+        if as_json:
+            click.echo(json.dumps(trace_view.runs_json(rows), indent=2))
+            return
+        trace_view.draw_runs(rows)
+        if rows:
+            click.echo("\nOne of them, step by step: asmodel trace ID")
+        return
+    try:
+        found = trace_store.spans(path, id)
+    except (trace_store.NoSuchTrace, trace_store.TraceFileUnreadable) as error:
+        raise ConfigurationError(str(error)) from None
+    if as_json:
+        click.echo(json.dumps(trace_view.trace_json(found), indent=2))
+        return
+    trace_view.draw_trace(found, everything=everything)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--programs", "folder", type=click.Path(path_type=Path), default=Path("programs"), show_default=True)
+def new(name: str, folder: Path) -> None:
+    """Write the program NAME, which works as it is, and its test, which needs no model."""
+    from asmodel.template import write
+
+    written = write(name, folder)
+    for path in written:
+        click.echo(f"wrote {path}")
+    click.echo(f'\nTry it:   asmodel run {name} "the sea" --programs {folder}')
+    click.echo(f"Test it:  python -m pytest {written[-1]}")
+    click.echo(f"Serve it: asmodel serve --programs {folder}")
+
+
+if __name__ == "__main__":
+    main()

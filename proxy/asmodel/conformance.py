@@ -1,0 +1,224 @@
+"""What every plug-in of a kind must do, as checks that anybody's tests can run against theirs.
+
+Each check takes an open store, and raises AssertionError with a sentence that says what was expected. Keys are new ones
+each time, so a store may be shared and may hold other things.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeAlias
+
+from asmodel.protocols import Cache, Listable, Openable
+
+CacheCheck: TypeAlias = Callable[[Cache], Awaitable[None]]
+
+_LARGE = 5 * 2**20
+
+
+async def check_cache(make: Callable[[], Cache], *, durable: bool = False) -> None:
+    """Run every check on stores that `make` builds; with `durable`, that a closed store's entries are still there.
+
+    `make` is called once a check; what it returns is opened and closed here where it is `Openable`. With `durable` two
+    calls must build two views of one store.
+    """
+    for check in CACHE_CHECKS:
+        async with opened(make()) as cache:
+            await check(cache)
+    if durable:
+        await entries_outlive_the_object(make)
+
+
+@asynccontextmanager
+async def opened(cache: Cache) -> AsyncGenerator[Cache]:
+    """The store, open; closed in the end, where it has a life."""
+    if isinstance(cache, Openable):
+        await cache.open()
+    try:
+        yield cache
+    finally:
+        if isinstance(cache, Openable):
+            await cache.close()
+
+
+async def a_value_comes_back_as_it_was(cache: Cache) -> None:
+    for value in (b'{"v":1,"text":"x"}', b"\x00\xff\x80 not UTF-8", bytes(range(256)), b"N.", b"cos\nsystem\n"):
+        key = _key()
+        await cache.set(key, value)
+        _same(await cache.get(key), value, "a value must come back byte by byte")
+
+
+async def an_unknown_key_is_missing(cache: Cache) -> None:
+    _same(await cache.get(_key()), None, "a key that was never set must be None")
+
+
+async def a_second_set_replaces_the_first(cache: Cache) -> None:
+    key = _key()
+    for value in (b"first, and longer", b"second", b"the third, and longest"):
+        await cache.set(key, value, tag="p/s")
+        _same(await cache.get(key), value, "the last value set must be the one that is read")
+
+
+async def a_set_is_seen_at_once(cache: Cache) -> None:
+    for n in range(50):
+        key = _key()
+        await cache.set(key, b"%d" % n)
+        _same(await cache.get(key), b"%d" % n, "an entry must be readable as soon as `set` has returned")
+
+
+async def an_empty_value_is_not_a_missing_one(cache: Cache) -> None:
+    key = _key()
+    await cache.set(key, b"")
+    _same(await cache.get(key), b"", "an empty value must be b'', not missing")
+
+
+async def a_large_value_comes_back(cache: Cache) -> None:
+    key, value = _key(), secrets.token_bytes(_LARGE)
+    await cache.set(key, value)
+    _true(await cache.get(key) == value, f"a value of {_LARGE} bytes must come back whole")
+
+
+async def keys_are_independent(cache: Cache) -> None:
+    key = _key()
+    near = {key: b"0", key[:-1] + ("0" if key[-1] != "0" else "1"): b"1", key[:-1]: b"2", key + "0": b"3"}
+    for k, value in near.items():
+        await cache.set(k, value)
+    for k, value in near.items():
+        _same(await cache.get(k), value, "keys that differ in one digit must not share an entry")
+
+
+async def an_entry_ends_with_its_ttl(cache: Cache) -> None:
+    short, long, none = _key(), _key(), _key()
+    await cache.set(long, b"long", ttl=3600)
+    await cache.set(none, b"none")
+    await cache.set(short, b"short", ttl=0.2)
+    for _ in range(200):
+        if await cache.get(short) is None:
+            break
+        await asyncio.sleep(0.025)
+    _same(await cache.get(short), None, "an entry with ttl=0.2 must be missing after 5 s at the latest")
+    _same(await cache.get(long), b"long", "an entry must be there until its ttl is over")
+    _same(await cache.get(none), b"none", "an entry without a ttl must not end")
+
+
+async def a_set_without_ttl_lifts_an_older_one(cache: Cache) -> None:
+    key = _key()
+    await cache.set(key, b"old", ttl=0.2)
+    await cache.set(key, b"new")
+    await asyncio.sleep(0.3)
+    _same(await cache.get(key), b"new", "a set without a ttl must replace the ttl of the entry before it")
+
+
+async def a_tag_may_be_any_text(cache: Cache) -> None:
+    for tag in ("", "evidence-qa/next_thought", "程序/ступень/🙂", "a'b\"c;--", "x" * 1000):
+        key = _key()
+        await cache.set(key, tag.encode(), tag=tag)
+        _same(await cache.get(key), tag.encode(), f"an entry with the tag {tag[:30]!r} must be readable")
+
+
+async def many_sets_at_once_all_arrive(cache: Cache) -> None:
+    values = {_key(): b"%d " % n * 100 for n in range(200)}
+    await asyncio.gather(*(cache.set(key, value, tag="many") for key, value in values.items()))
+    found = await asyncio.gather(*(cache.get(key) for key in values))
+    lost = sum(a != b for a, b in zip(found, values.values(), strict=True))
+    _same(lost, 0, "of 200 entries set at once, none may be lost or changed")
+
+
+async def a_cancelled_set_leaves_the_store_working(cache: Cache) -> None:
+    key, after = _key(), _key()
+    task = asyncio.ensure_future(cache.set(key, b"cancelled"))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await cache.set(after, b"after")
+    _same(await cache.get(after), b"after", "a set after a cancelled one must be stored")
+    _true(await cache.get(key) in (None, b"cancelled"), "a cancelled set must leave its whole value or nothing")
+
+
+async def entries_are_listed(cache: Cache) -> None:
+    """Of a `Listable` store only."""
+    if not isinstance(cache, Listable):
+        return
+    wanted = {_key(): (f"list/{n % 3}", n) for n in range(30)}
+    for key, (tag, size) in wanted.items():
+        await cache.set(key, b"x" * size, tag=tag)
+    ended = _key()
+    await cache.set(ended, b"ended", ttl=0.01)
+    await asyncio.sleep(0.05)
+    listed = [entry async for entry in cache.entries()]
+    found = {key: (tag, size) for key, tag, size in listed}
+    _same({k: found.get(k) for k in wanted}, wanted, "each entry must be listed with its key, tag and size in bytes")
+    _same(len(listed), len(found), "no entry may be listed twice")
+    _true(ended not in found, "an entry whose ttl is over must not be listed")
+
+
+async def a_store_may_be_opened_again(cache: Cache) -> None:
+    """Of an `Openable` store only: closing twice is no error, and after `open` it works as before."""
+    if not isinstance(cache, Openable):
+        return
+    await cache.close()
+    await cache.close()
+    await cache.open()
+    key = _key()
+    await cache.set(key, b"again")
+    _same(await cache.get(key), b"again", "a store that was closed and opened again must work")
+
+
+async def entries_outlive_the_object(make: Callable[[], Cache]) -> None:
+    """Of a durable store: what one object has set, the next one finds."""
+    values = {_key(): b"%d" % n for n in range(20)}
+    async with opened(make()) as cache:
+        await asyncio.gather(*(cache.set(key, value) for key, value in values.items()))
+    async with opened(make()) as cache:
+        found = {key: await cache.get(key) for key in values}
+    _same(found, values, "entries must be there after the store was closed and made again")
+
+
+CACHE_CHECKS: tuple[CacheCheck, ...] = (
+    a_value_comes_back_as_it_was,
+    an_unknown_key_is_missing,
+    a_second_set_replaces_the_first,
+    a_set_is_seen_at_once,
+    an_empty_value_is_not_a_missing_one,
+    a_large_value_comes_back,
+    keys_are_independent,
+    an_entry_ends_with_its_ttl,
+    a_set_without_ttl_lifts_an_older_one,
+    a_tag_may_be_any_text,
+    many_sets_at_once_all_arrive,
+    a_cancelled_set_leaves_the_store_working,
+    entries_are_listed,
+    a_store_may_be_opened_again,
+)
+"""One by one, for a parametrised test."""
+
+
+def _key() -> str:
+    return secrets.token_hex(32)
+
+
+def _true(condition: bool, message: str) -> None:
+    # Not `assert`: the checks must also hold under `python -O`.
+    if not condition:
+        raise AssertionError(f"{_check_name()}: {message}")
+
+
+def _same(found: object, wanted: object, message: str) -> None:
+    _true(found == wanted, f"{message}; wanted {_short(wanted)}, got {_short(found)}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _check_name() -> str:
+    """The check that is running, for the message."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name.startswith("_"):
+        frame = frame.f_back
+    return frame.f_code.co_name.replace("_", " ") if frame is not None else "check"

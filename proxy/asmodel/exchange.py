@@ -1,0 +1,195 @@
+"""One HTTP request and its response: ids, receipts, errors in their envelope, and whether the client is still there."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from opentelemetry.trace import Span
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from asmodel import tracing, wire
+from asmodel.access import Caller
+from asmodel.errors import AsmodelError, PayloadTooLarge
+from asmodel.service import Job
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+log = logging.getLogger("asmodel.access")
+faults = logging.getLogger("asmodel")
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+async def read_body(receive: Receive, limit: int) -> bytes:
+    """The whole body. Raises PayloadTooLarge, or Gone."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise PayloadTooLarge(f"the body is larger than the {limit} bytes that this server takes")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+class Exchange:
+    """One request and its response: ids, receipts, and whether the client is still there."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers = Headers(scope=scope)
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.started = time.monotonic()
+        self.created = int(time.time())
+        given = self.headers.get("x-request-id", "")
+        self.id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        self.span: Span | None = None
+        self.job: Job | None = None
+        self.caller = Caller()
+        self.model = ""
+        self.status = 0
+        self.ended = False
+        self._receive = receive
+        self._send = send
+
+    async def gone(self) -> None:
+        """Return once the client has left; from the moment the body is read. For one task at a time."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    @property
+    def trace_id(self) -> str:
+        return tracing.trace_id(self.span) if self.span is not None else ""
+
+    def receipt(self) -> dict[str, str]:
+        """The receipt as headers, as it stands now."""
+        elapsed = time.monotonic() - self.started
+        headers = {"x-request-id": self.id, "openai-processing-ms": str(round(elapsed * 1000))}
+        if self.trace_id:
+            headers["x-asmodel-trace-id"] = self.trace_id
+        if self.job is not None:
+            budget = self.job.budget
+            headers |= {
+                "x-asmodel-steps": str(budget.steps),
+                "x-asmodel-cache-hits": str(budget.hits),
+                "x-asmodel-upstream-calls": str(budget.calls),
+                "x-asmodel-overhead-ms": f"{self.overhead_ms:.1f}",
+            }
+        return headers
+
+    @property
+    def overhead_ms(self) -> float:
+        """How much of the time so far was not spent waiting for an upstream."""
+        now = time.monotonic()
+        if self.job is None:
+            return (now - self.started) * 1000
+        budget = self.job.budget
+        waited = budget.upstream_seconds
+        if budget._asking:  # pyright: ignore[reportPrivateUsage]  # it adds up only when nobody is asked any more
+            waited += now - budget._since  # pyright: ignore[reportPrivateUsage]
+        return max(0.0, now - self.started - waited) * 1000
+
+    async def respond(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+        data = orjson.dumps(body)
+        everything = {
+            "content-type": "application/json",
+            "content-length": str(len(data)),
+            **self.receipt(),
+            **(headers or {}),
+        }
+        await self.start(status, everything)
+        await self.write(data, last=True)
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status = status
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        self.ended = last
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def refuse(self, error: AsmodelError, receipt: Mapping[str, Any] | None = None) -> None:
+        body = wire.error_body(error)
+        if receipt is not None:
+            body["asmodel"] = receipt
+        await self.respond(error.status, body, retry_headers(error))
+
+    async def break_off(self, error: AsmodelError) -> None:
+        """Tell the error in whatever way is left: as the response, or as the last event of the stream."""
+        if not self.status:
+            await self.refuse(error)
+        elif not self.ended:
+            await self.write(wire.event(wire.error_body(error)), last=True)
+
+    def log(self, outcome: str) -> None:
+        if not log.isEnabledFor(logging.INFO):
+            return
+        fields = [f"{(time.monotonic() - self.started) * 1000:.0f}ms"]
+        if self.job is not None:
+            b = self.job.budget
+            fields.append(f"steps={b.steps} cached={b.hits} calls={b.calls} tokens={b.usage.total_tokens}")
+        if self.caller.name:
+            fields.append(f"caller={self.caller.name}")
+        if self.trace_id:
+            fields.append(f"trace={self.trace_id}")
+        name = self.model.encode("unicode_escape").decode()[:100]
+        log.info("%s %s %s %s %s", self.method, self.path, name or "-", outcome, " ".join(fields))
+
+
+def retry_headers(error: AsmodelError) -> dict[str, str]:
+    """What tells SDKs whether and when to try again: at most 60 s from now, for some sleep whatever they are told."""
+    headers: dict[str, str] = {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if error.retry is not None:
+        headers["x-should-retry"] = "true" if error.retry else "false"
+    if error.retry_after is not None:
+        seconds = min(60.0, max(0.0, error.retry_after))
+        headers |= {"retry-after": str(round(seconds + 0.499)), "retry-after-ms": str(round(seconds * 1000))}
+    return headers
+
+
+class Enveloped:
+    """Whatever goes wrong on any route reaches the client as OpenAI's error envelope, and never as a stack trace."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            # Frames only: the text of an exception may hold a prompt.
+            faults.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+            if started:
+                # The status is out; only a broken connection says that this is no answer. The server logs what it is
+                # given, so it is not given the exception itself.
+                raise RuntimeError("an answer broke off, for the reason above") from None
+            failure = AsmodelError(f"asmodel itself failed ({type(error).__name__}); its log says where")
+            await Exchange(scope, receive, send).refuse(failure)

@@ -1,0 +1,86 @@
+"""What one process fetches and starts for all, before any of them listens; downloads show their bytes and time left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from asmodel.protocols import Preparing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from asmodel.app import Parts
+
+
+@contextmanager
+def prepared(parts: Parts, *, shared: bool = False) -> Iterator[None]:
+    """Have every upstream that wants it prepared, around whatever opens them; `shared` where several processes will.
+
+    What they announce stands in this process's environment meanwhile, which is how the others inherit it.
+    """
+    set_before = dict(os.environ)
+    preparing = [p for p in parts.providers.values() if isinstance(p, Preparing)]
+    try:
+        for provider in preparing:
+            with Download() as download:
+                os.environ.update(provider.prepare(download.progress, shared=shared))
+        yield
+    finally:
+        for provider in preparing:
+            provider.release()
+        for name in os.environ.keys() - set_before.keys():
+            del os.environ[name]
+
+
+class Download:
+    """A bar that appears with the first byte: what, how much, how fast, how long still. In a log, a line at times."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._bar: Any = None
+        self._task: Any = None
+        self._told = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> Download:
+        return self
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        from rich.console import Console
+
+        now = time.monotonic()
+        if self._console is None:
+            self._console = Console(stderr=True, highlight=False)
+            self._began = now
+        if not self._console.is_terminal:
+            if now - self._told > 3 or done >= total:
+                self._told = now
+                left = (total - done) / done * (now - self._began) if done else 0.0
+                time_left = f", {left:.0f} s left" if 0 < done < total else ""
+                self._console.print(f"fetching {what}: {done / 1e6:.0f} of {total / 1e6:.0f} MB{time_left}")
+            return
+        if self._bar is None:
+            self._start(what, total)
+        self._bar.update(self._task, completed=done, total=total)
+
+    def _start(self, what: str, total: int) -> None:
+        from rich import progress
+
+        self._bar = progress.Progress(
+            progress.TextColumn("fetching {task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(what, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,95 @@
+"""What `asmodel upstreams` and `asmodel check` find out: what each upstream can do, and who plays which role."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from asmodel.calls import CachePolicy, Capabilities, Chat, Completion, Message, Terms
+from asmodel.errors import AsmodelError, UpstreamError
+from asmodel.models import ServedProgram
+from asmodel.protocols import Detecting, Upstream
+from asmodel.run import require
+
+if TYPE_CHECKING:
+    from asmodel.app import Parts
+
+_CAN = ("chat", "completion", "stream", "schema", "tools", "loglikelihood", "embeddings", "context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """One upstream: whether it answers, and what it can do."""
+
+    name: str
+    kind: str
+    identity: str
+    answers: str
+    error: str = ""
+    can: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "identity": self.identity,
+            "answers": not self.error,
+            "error": self.error or None,
+            "can": self.can,
+        }
+
+
+async def probe(parts: Parts) -> list[Probed]:
+    """Ask every upstream for one token, and have it detect what must be detected; all at once, nothing cached."""
+    settings = parts.settings.effective_upstreams
+    return list(
+        await asyncio.gather(*(_probe(name, settings[name].kind, up) for name, up in parts.models.upstreams.items()))
+    )
+
+
+async def _probe(name: str, kind: str, upstream: Upstream) -> Probed:
+    can = Capabilities()
+    try:
+        can = await upstream.capabilities()
+        terms = Terms(step="probe", cache=CachePolicy(mode="off"))
+        if can.chat:
+            call: Chat | Completion = Chat(
+                identity=upstream.identity, messages=(Message("user", "Say hello."),), params={"max_tokens": 1}
+            )
+        else:
+            call = Completion(identity=upstream.identity, prompt="Hello", params={"max_tokens": 1})
+        reply = await upstream.send(call, terms)
+        if isinstance(upstream, Detecting):
+            can = await upstream.detect()
+    except UpstreamError as error:
+        shown = {name: getattr(can, name) for name in _CAN}
+        return Probed(name=name, kind=kind, identity=upstream.identity, answers="no", error=str(error), can=shown)
+    shown = {name: getattr(can, name) for name in _CAN}
+    shown["context"] = can.context or "?"
+    return Probed(name=name, kind=kind, identity=upstream.identity, answers=reply.model or "yes", can=shown)
+
+
+async def roles(parts: Parts) -> tuple[list[tuple[str, str, str, str, str]], list[str]]:
+    """A row for each step of each program (program, step, role, player, note), and what is wrong."""
+    rows: list[tuple[str, str, str, str, str]] = []
+    problems: list[str] = []
+    for model in parts.models.all():
+        if not isinstance(model, ServedProgram):
+            continue
+        cast = parts.models.cast(model)
+        for step in model.program.steps:
+            try:
+                player = cast.who(step.role).name
+            except AsmodelError as error:
+                player = "nobody"
+                problems.append(str(error))
+            rows.append((model.name, step.name, step.role, player, "log-likelihood" if step.kind == "score" else ""))
+        if not model.program.steps:
+            rows.append((model.name, "-", "-", "-", "no step found in its code"))
+        try:
+            await require(model.program, cast)
+        except AsmodelError as error:
+            if str(error) not in problems:
+                problems.append(str(error))
+    return rows, problems

@@ -1,0 +1,131 @@
+"""Every protocol that a plug-in may implement, on one screen. There is no base class to inherit from.
+
+A plug-in is found by name in an entry-point group `asmodel.KIND`, or by `module:attribute`; it is called with its
+settings as keyword arguments, and `name=` where it takes one. Ours come in by the same door. What an object can do
+beyond its first protocol is said by further protocols of one or two methods, never by optional methods or flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol, runtime_checkable
+
+from asmodel.calls import Call, Capabilities, Reply, Terms
+
+KINDS = ("upstreams", "caches", "programs")
+
+
+class Upstream(Protocol):
+    """Whatever answers calls: a provider, or a wrapper around another upstream."""
+
+    @property
+    def identity(self) -> str:
+        """Who answers, never where. Part of every cache key; known once the upstream is open."""
+        ...
+
+    async def capabilities(self) -> Capabilities:
+        """What it can do. What must be detected is detected at the first call, and once."""
+        ...
+
+    async def send(self, call: Call, terms: Terms) -> Reply:
+        """Answer one call. With `terms.emit`, await it with each delta as it arrives; the reply is whole all the same.
+
+        Raises UpstreamError. Cancelling the task stops the work at the provider too.
+        """
+        ...
+
+
+class Cache(Protocol):
+    """A store of bytes by key. It never raises for what it holds: what cannot be read is not there."""
+
+    async def get(self, key: str) -> bytes | None: ...
+
+    async def set(self, key: str, value: bytes, *, tag: str = "", ttl: float | None = None) -> None:
+        """Store; on return the entry survives a `kill -9`. `ttl` in seconds; `tag` says which step it belongs to."""
+        ...
+
+
+class Lease(Protocol):
+    """One's place before a key, as it was when it was asked for."""
+
+    @property
+    def state(self) -> Literal["held", "taken", "none"]:
+        """`held`: act, the others wait. `taken`: another acts; `wait` for it. `none`: the store cannot say; act."""
+        ...
+
+    async def wait(self) -> bytes | None:
+        """Of a taken lease: return once its holder is done or dead, or can no longer be told; with the note it left.
+
+        That may take as long as the holder lives: a deadline is the caller's to set. It may be cancelled at any time.
+        """
+        ...
+
+    def leave(self, note: bytes) -> None:
+        """Of a held lease: what those who are waiting when it ends are told. Who comes later is told nothing."""
+        ...
+
+
+@runtime_checkable
+class Lockable(Protocol):
+    """A store by which one of many processes, on one machine or many, acts for all of them."""
+
+    def lease(self, key: str, seconds: float = 10.0) -> AbstractAsyncContextManager[Lease]:
+        """Try to be the one who acts on `key`. Entering never waits for another holder, and never raises for the store.
+
+        A held lease is kept up until the block ends; when its holder dies, or stands still, another can have it at the
+        latest `seconds` after. So it saves purchases and proves nothing: two may hold it when one has stood still.
+        """
+        ...
+
+
+@runtime_checkable
+class Listable(Protocol):
+    """A store that can say what it holds."""
+
+    def entries(self) -> AsyncIterator[tuple[str, str, int]]:
+        """Key, tag and size in bytes of each entry."""
+        ...
+
+
+@runtime_checkable
+class Openable(Protocol):
+    """Anything with a life: opened before the first use, closed after the last, on the same event loop."""
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """An upstream that can count the tokens of a text exactly."""
+
+    async def count(self, text: str) -> int: ...
+
+
+@runtime_checkable
+class Detecting(Protocol):
+    """An upstream that must try before it can say whether it scores given text; tried once, remembered."""
+
+    async def detect(self) -> Capabilities:
+        """What it can do, `loglikelihood` proven or disproven. Raises UpstreamError where that could not be tried."""
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """Something that one process must fetch or start for all of a server's processes, before any of them listens."""
+
+    def prepare(self, progress: Callable[[str, int, int], None], *, shared: bool) -> Mapping[str, str]:
+        """Fetch what is missing. Blocks; raises ConfigurationError.
+
+        `progress` is told what is being fetched, and the bytes done and in all. `shared` says that several processes
+        will open this: then start what they share, and give the environment variables by which they find it, those
+        that are set already included.
+        """
+        ...
+
+    def release(self) -> None:
+        """End what `prepare` started."""
+        ...

@@ -1,0 +1,246 @@
+"""`asmodel serve`: one socket, bound only when all else is known to be right, and the processes that answer on it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from asmodel.access import is_loopback
+from asmodel.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import uvicorn
+    from rich.console import Console
+    from starlette.applications import Starlette
+
+    from asmodel.app import Parts
+    from asmodel.settings import Settings
+
+FLAGS = "ASMODEL_FLAGS"
+"""How a worker learns the flags that its parent was started with: JSON; it reads file and environment itself."""
+
+log = logging.getLogger("asmodel")
+
+
+def serve(
+    settings: Settings,
+    *,
+    config: Path | None,
+    reload: bool,
+    console: Console,
+) -> None:
+    """Serve until told to stop. Raises ConfigurationError before it listens; a later fault exits with 1."""
+    from asmodel.app import build, create_app
+    from asmodel.preparing import prepared
+
+    _check_address(settings)
+    parts = build(settings)
+    sock = _bound(settings)
+    alone = settings.workers == 1 and not reload
+    with sock, prepared(parts, shared=not alone):
+        _listen(sock, settings)
+        _announce(console, settings, parts, sock)
+        failures: list[BaseException] = []
+        if alone:
+            _set_up_log()
+
+            def failed(error: BaseException) -> None:
+                failures.append(error)
+                server.should_exit = True
+
+            server = _server(_config(create_app(settings, parts=parts, on_failure=failed), settings), parts)
+            server.run(sockets=[sock])
+        else:
+            os.environ[FLAGS] = json.dumps(_flags(settings))
+            if config is not None:
+                os.environ["ASMODEL_CONFIG"] = str(config)
+            _supervise(settings, config, sock, reload=reload)
+    if failures:
+        sys.exit(1)
+
+
+def worker() -> Starlette:
+    """The application of one of several processes, from file, environment and its parent's flags."""
+    return _worker(_end_worker)
+
+
+def reloaded_worker() -> Starlette:
+    """The same where a change of the files starts it anew: what cannot be opened waits for that change."""
+    return _worker(None)
+
+
+def _worker(on_failure: Callable[[BaseException], None] | None) -> Starlette:
+    from asmodel.app import create_app
+    from asmodel.settings import load
+
+    _set_up_log()
+    try:
+        return create_app(load(flags=json.loads(os.environ.get(FLAGS, "{}"))), on_failure=on_failure)
+    except ConfigurationError as error:
+        # The parent found all to be right, so a file has changed since.
+        log.error("%s", error)
+        sys.exit(STARTUP_FAILURE)
+
+
+STARTUP_FAILURE = 3
+"""Exit code of a worker that cannot start, by which uvicorn's supervisor knows that another would fare no better."""
+
+
+def _end_worker(_: BaseException) -> None:
+    # Nothing has been answered yet, so nothing is left to be ended in good order.
+    os._exit(STARTUP_FAILURE)
+
+
+def _check_address(settings: Settings) -> None:
+    if is_loopback(settings.host):
+        return
+    if not settings.keys:
+        raise ConfigurationError(
+            f"{settings.host} can be reached from other machines, and anyone there could spend your upstreams' money: "
+            'set keys ([keys] alice = "env:ALICE_KEY"), or bind 127.0.0.1'
+        )
+    if settings.embedded_by_default:
+        raise ConfigurationError(
+            f"{settings.host} can be reached from other machines, and no upstream is set: name one under [upstreams], "
+            'or the embedded model by name ([upstreams.default] kind = "embedded")'
+        )
+
+
+def _bound(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # The protocol is named, for asyncio leaves Nagle's algorithm on where it is not, and each answer then waits 40 ms.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((settings.host, settings.port))
+    except OSError as error:
+        sock.close()
+        raise _unlistenable(settings, error) from None
+    sock.set_inheritable(True)
+    return sock
+
+
+def _listen(sock: socket.socket, settings: Settings) -> None:
+    """From here on whoever connects is answered, or waits until the event loop runs, some milliseconds later."""
+    try:
+        sock.listen(2048)
+    except OSError as error:
+        # Linux lets two sockets bind an address as long as neither listens.
+        raise _unlistenable(settings, error) from None
+
+
+def _unlistenable(settings: Settings, error: OSError) -> ConfigurationError:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    what = f"cannot listen at {host}:{settings.port}: {(error.strerror or str(error)).lower()}"
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        what += f"; try another port: --port {settings.port + 1 if 1024 <= settings.port < 65535 else 8000}"
+    return ConfigurationError(what)
+
+
+def _config(app: Starlette | str, settings: Settings) -> uvicorn.Config:
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        factory=isinstance(app, str),
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+
+
+def _server(config: uvicorn.Config, parts: Parts) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # From the signal on, not only when the last stream has ended: `/readyz` says 503 and no run begins. Unlike
+            # the class above, the signal is not raised again at the end: being told to stop is no failure.
+            parts.service.draining = True
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+
+    return Server(config)
+
+
+def _flags(settings: Settings) -> dict[str, object]:
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "workers": settings.workers,
+        "program_folders": [str(folder) for folder in settings.program_folders],
+    }
+
+
+def _supervise(settings: Settings, config: Path | None, sock: socket.socket, *, reload: bool) -> None:
+    import uvicorn
+    from uvicorn.supervisors import ChangeReload, Multiprocess
+
+    _set_up_log()
+    made = _config("asmodel.server:worker", settings)
+    if reload:
+        folders = [str(folder.absolute()) for folder in settings.program_folders]
+        file = (config or Path("asmodel.toml")).absolute()
+        made = uvicorn.Config(
+            "asmodel.server:reloaded_worker",
+            factory=True,
+            reload=True,
+            ws="none",
+            reload_dirs=[*folders, str(file.parent)],
+            reload_includes=["*.py", "*.toml"],
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+        ChangeReload(made, target=uvicorn.Server(made).run, sockets=[sock]).run()
+    else:
+        supervisor = Multiprocess(made, sockets=[sock])
+        supervisor.run()
+        if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+            sys.exit(1)
+
+
+def _announce(console: Console, settings: Settings, parts: Parts, sock: socket.socket) -> None:
+    from asmodel import __version__
+
+    host, port = sock.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    models = parts.models
+    upstreams = ", ".join(
+        f"{name} ({s.kind}{': ' + str(s.options['model']) if 'model' in s.options else ''})"
+        for name, s in settings.effective_upstreams.items()
+    )
+    if settings.embedded_by_default:
+        upstreams = "default: the embedded SmolLM2-135M-Instruct, because no upstream is set"
+    lines = [
+        f"asmodel {__version__} on http://{shown}:{port}/v1",
+        f"  programs   {', '.join(sorted((*models.programs, *models.presets)))}",
+        f"  upstreams  {upstreams}",
+        f"  cache      {settings.cache.kind} {settings.cache.options.get('path', '')}".rstrip(),
+    ]
+    if settings.traces.local:
+        lines.append("  traces     asmodel trace")
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def _set_up_log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

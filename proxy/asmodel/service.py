@@ -1,0 +1,212 @@
+"""What the routes answer with: the models, the limits, the store, and every run that is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from asmodel.budget import Budget, Limits
+from asmodel.calls import JSON, CachePolicy, Chat, Document, Emit, Message, Reply, Terms
+from asmodel.errors import AsmodelError, Draining, InvalidRequest
+from asmodel.models import Model, Models, ServedProgram
+from asmodel.programs import Answer
+from asmodel.progress import Progress
+from asmodel.protocols import Cache
+from asmodel.run import Request, Run, execute, finished, require
+
+LOADING = 60.0
+"""Seconds that a request waits for the upstreams to be opened, before it is told to come back."""
+
+log = logging.getLogger("asmodel.service")
+
+
+def stopping() -> Draining:
+    return Draining("the server is stopping; ask again, another will answer", retry_after=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One request, whatever route it came by."""
+
+    messages: tuple[Message, ...]
+    documents: tuple[Document, ...] = ()
+    hints: Mapping[str, JSON] = field(default_factory=dict[str, Any])
+    shape: Mapping[str, JSON] = field(default_factory=dict[str, Any])
+    params: Mapping[str, JSON] = field(default_factory=dict[str, Any])
+    roles: Mapping[str, str] = field(default_factory=dict[str, str])
+    limits: Limits = Limits()
+    cache: CachePolicy | None = None
+    """None where the request says nothing of it."""
+    scope: str = ""
+    n: int = 1
+    ignored: tuple[str, ...] = ()
+    """Names of what was sent and has no meaning for this model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One choice of the answer; `reply` is the upstream's where there is one behind it."""
+
+    answer: Answer
+    reply: Reply | None
+    hinted: bool = True
+    """Whether the request's sampling hints reached a model."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A request on its way: what it may spend and has spent, and how far it is."""
+
+    id: str
+    model: Model
+    asked: Asked
+    budget: Budget
+    progress: Progress = field(default_factory=Progress)
+    started: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
+    params: Any = None
+
+
+class Service:
+    """Answers requests for models. One a process; knows no HTTP."""
+
+    def __init__(
+        self,
+        models: Models,
+        *,
+        store: Cache | None = None,
+        limits: Limits = Limits(),
+        program_limits: Mapping[str, Limits] | None = None,
+        cache_programs: bool = True,
+        cache_upstreams: bool = False,
+    ) -> None:
+        self.models = models
+        self.store = store
+        self.draining = False
+        self.ready = asyncio.Event()
+        """Set once every upstream is open; until then requests wait, and `/readyz` says so."""
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._limits = limits
+        self._program_limits = dict(program_limits or {})
+        self._cache_programs = cache_programs
+        self._cache_upstreams = cache_upstreams
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Around a request, so that the server's end can wait for it."""
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def idle(self, seconds: float) -> bool:
+        """Wait until no request is under way; whether that came about in time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        return self._idle.is_set()
+
+    async def prepare(self, model: Model, asked: Asked) -> Job:
+        """Check all that can be checked before anything is bought, and open the books.
+
+        Raises InvalidRequest, Unsupported or Draining.
+        """
+        if self.draining:
+            raise stopping()
+        params = None
+        if isinstance(model, ServedProgram):
+            params = model.program.read_params({**model.params, **asked.params})
+        elif asked.params or asked.roles:
+            raise InvalidRequest(
+                f'"{model.name}" is an upstream, passed through; only programs take `asmodel.params` and `.roles`',
+                param="asmodel.params" if asked.params else "asmodel.roles",
+            )
+        try:
+            async with asyncio.timeout(LOADING):
+                await self.ready.wait()
+        except TimeoutError:
+            raise Draining("the server is still loading", code="loading", retry_after=5.0) from None
+        limits = self._limits.tightened(asked.limits)
+        if isinstance(model, ServedProgram):
+            limits = limits.tightened(self._program_limits.get(model.program.name, Limits()))
+        budget = Budget(limits=limits)
+        if isinstance(model, ServedProgram):
+            with budget.asking():  # An upstream that must try before it can say what it can is asked here, once.
+                await require(model.program, self.models.cast(model, asked.roles))
+        deadline = None if limits.seconds is None else asyncio.get_running_loop().time() + limits.seconds
+        id = f"run_{secrets.token_hex(8)}"
+        return Job(id=id, model=model, asked=asked, budget=budget, deadline=deadline, params=params)
+
+    async def answer(self, job: Job, choice: int = 0, emit: Emit | None = None) -> Outcome:
+        """One choice. Equal requests in flight share steps, never runs. Raises AsmodelError, and nothing else."""
+        try:
+            return await self._answer(job, choice, emit)
+        except AsmodelError:
+            raise
+        except Exception as error:
+            # Frames only: the text of an exception may hold a prompt.
+            log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+            raise AsmodelError(f"asmodel itself failed ({type(error).__name__}); its log says where") from error
+
+    async def _answer(self, job: Job, choice: int, emit: Emit | None) -> Outcome:
+        model, asked = job.model, job.asked
+        on = self._cache_programs if isinstance(model, ServedProgram) else self._cache_upstreams
+        cache = asked.cache or CachePolicy(mode="on" if on else "off")
+        if isinstance(model, ServedProgram):
+            run: Run[Any] = Run(
+                model.program,
+                Request(messages=asked.messages, documents=asked.documents, hints=asked.hints, shape=asked.shape),
+                id=job.id,
+                cast=self.models.cast(model, asked.roles),
+                params=job.params,
+                path=str(choice),
+                budget=job.budget,
+                progress=job.progress,
+                cache=cache,
+                scope=asked.scope,
+                deadline=job.deadline,
+                store=self.store,
+                emit=emit,
+            )
+            answer = finished(run, await execute(run))
+            return Outcome(answer=answer, reply=run.replied, hinted=run.hinted)
+        params = {**asked.hints, **asked.shape}
+        tools = params.pop("tools", None) or ()
+        call = Chat(
+            identity=model.upstream.identity,
+            messages=asked.messages,
+            params=params,
+            tools=tuple(tools),  # type: ignore[arg-type]  # a list of objects, as the wire has checked
+            draw=None if params.get("temperature") == 0 else str(choice),
+        )
+        terms = Terms(
+            emit=emit,
+            run_id=job.id,
+            step=model.name,
+            scope=asked.scope,
+            cache=cache,
+            deadline=job.deadline,
+            budget=job.budget,
+            progress=job.progress,
+        )
+        reply = await model.upstream.send(call, terms)
+        if reply.source == "hit":
+            job.budget.hits += 1
+            job.budget.saved += reply.usage
+        elif reply.source == "joined":
+            job.budget.joined += 1
+        answer = Answer(text=reply.text, finish=reply.finish, tool_calls=reply.tool_calls)
+        return Outcome(answer=answer, reply=reply)

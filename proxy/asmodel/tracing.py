@@ -1,0 +1,531 @@
+"""Every span that asmodel makes, and the only file that knows an attribute's name.
+
+Names follow the OpenTelemetry semantic conventions for generative AI, v1.41 (status Development), and those for HTTP.
+The conventions' next home drops `gen_ai.workflow.name` for `gen_ai.agent.name`, so a program carries both. What they
+have no word for is ours: `asmodel.run.*`, `asmodel.step.*`, `asmodel.cache.*`, `asmodel.upstream.*`.
+
+    POST /v1/chat/completions       SERVER    `start_request`; a caller's `traceparent` is its parent
+      invoke_workflow NAME          INTERNAL  `run_span`; the root where there is no request
+        part NAME                   INTERNAL  `part_span`
+        step NAME                   INTERNAL  `step_span`; no `gen_ai.operation.name`, since no convention has a step
+          chat MODEL                CLIENT    `call_span`; only where a call is really made, retries and all
+            attempt K               INTERNAL  `record_attempts`; only where there was more than one
+        execute_tool NAME           INTERNAL  `tool_span`
+
+No span holds content: no prompt, no answer, no message of an exception (it may quote either).
+
+Where spans go is decided by `configure`, which makes its provider the one in use until it is shut down; then the one
+before it is in use again. With none, OpenTelemetry's own global provider is asked, which does nothing until a program
+that embeds asmodel has set one. This module imports OpenTelemetry's API; the SDK is imported by `configure`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from asmodel.calls import CacheMode, Call, Chat, Origin, Reply, Score
+from asmodel.errors import AsmodelError
+
+if TYPE_CHECKING:
+    from contextvars import Token
+    from pathlib import Path
+    from types import TracebackType
+
+    from opentelemetry.context import Context
+    from opentelemetry.util.types import AttributeValue
+
+    from asmodel.budget import Budget
+    from asmodel.trace_export import Tracing
+
+SCOPE = "asmodel"
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
+
+ERROR_TYPE = "error.type"
+HTTP_METHOD = "http.request.method"
+HTTP_ROUTE = "http.route"
+HTTP_STATUS = "http.response.status_code"
+SERVER_ADDRESS = "server.address"
+SERVER_PORT = "server.port"
+
+OPERATION = "gen_ai.operation.name"
+PROVIDER = "gen_ai.provider.name"
+AGENT_NAME = "gen_ai.agent.name"
+WORKFLOW_NAME = "gen_ai.workflow.name"
+REQUEST_MODEL = "gen_ai.request.model"
+REQUEST_STREAM = "gen_ai.request.stream"
+REQUEST_CHOICES = "gen_ai.request.choice.count"
+REQUEST_STOP = "gen_ai.request.stop_sequences"
+OUTPUT_TYPE = "gen_ai.output.type"
+DIMENSIONS = "gen_ai.embeddings.dimension.count"
+RESPONSE_MODEL = "gen_ai.response.model"
+RESPONSE_FINISH = "gen_ai.response.finish_reasons"
+FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+CACHE_READ_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+REASONING_TOKENS = "gen_ai.usage.reasoning.output_tokens"
+TOOL_NAME = "gen_ai.tool.name"
+TOOL_TYPE = "gen_ai.tool.type"
+TOOL_CALL_ID = "gen_ai.tool.call.id"
+
+RUN_ID = "asmodel.run.id"
+RUN_PROGRAM = "asmodel.run.program"
+RUN_DIGEST = "asmodel.run.digest"
+RUN_NESTED = "asmodel.run.nested"
+RUN_PART = "asmodel.run.part"
+RUN_PART_OF = "asmodel.run.part.of"
+RUN_STEPS = "asmodel.run.steps"
+RUN_HITS = "asmodel.run.cache_hits"
+RUN_JOINED = "asmodel.run.joined"
+RUN_CALLS = "asmodel.run.calls"
+RUN_INPUT_TOKENS = "asmodel.run.input_tokens"
+RUN_OUTPUT_TOKENS = "asmodel.run.output_tokens"
+RUN_COST = "asmodel.run.cost"
+RUN_NOTE = "asmodel.run.note"
+CANCELLED = "asmodel.cancelled"
+STEP_NAME = "asmodel.step.name"
+STEP_PROGRAM = "asmodel.step.program"
+STEP_KIND = "asmodel.step.kind"
+STEP_DRAW = "asmodel.step.draw"
+STEP_ASKS = "asmodel.step.asks"
+STEP_INPUT_TOKENS = "asmodel.step.input_tokens"
+STEP_OUTPUT_TOKENS = "asmodel.step.output_tokens"
+STEP_COST = "asmodel.step.cost"
+CACHE_RESULT = "asmodel.cache.result"
+CACHE_AGE = "asmodel.cache.age_s"
+CACHE_SAVED_TOKENS = "asmodel.cache.saved_tokens"
+CACHE_SAVED_COST = "asmodel.cache.saved_cost"
+UPSTREAM_NAME = "asmodel.upstream.name"
+UPSTREAM_CALL = "asmodel.upstream.call"
+UPSTREAM_COST = "asmodel.upstream.cost"
+UPSTREAM_ESTIMATED = "asmodel.upstream.usage_estimated"
+UPSTREAM_ATTEMPTS = "asmodel.upstream.attempts"
+UPSTREAM_ATTEMPT = "asmodel.upstream.attempt"
+UPSTREAM_BACKOFF = "asmodel.upstream.backoff_s"
+WAIT_EVENT = "asmodel.wait"
+WAIT_NAME = "asmodel.wait.name"
+WAIT_SECONDS = "asmodel.wait.seconds"
+WAIT_SUFFIX = ".wait_s"
+
+OPERATIONS: Mapping[str, str] = {
+    "chat": "chat",
+    "completion": "text_completion",
+    "score": "text_completion",
+    "embed": "embeddings",
+}
+"""A call's kind to the conventions' operation. A score is a text completion that generates nothing."""
+
+_NUMBERS = {
+    "temperature": "gen_ai.request.temperature",
+    "top_p": "gen_ai.request.top_p",
+    "top_k": "gen_ai.request.top_k",
+    "frequency_penalty": "gen_ai.request.frequency_penalty",
+    "presence_penalty": "gen_ai.request.presence_penalty",
+    "max_tokens": "gen_ai.request.max_tokens",
+    "max_completion_tokens": "gen_ai.request.max_tokens",
+    "seed": "gen_ai.request.seed",
+    "dimensions": DIMENSIONS,
+}
+"""OpenAI's parameter to the conventions' attribute. What is not a number is left out rather than turned into a text."""
+
+_W3C = TraceContextTextMapPropagator()
+
+_STOPPED = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt)
+"""Somebody stopped the work; nothing failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at an upstream. Times are Unix nanoseconds; `waited` is the back-off before it, in seconds."""
+
+    started_ns: int
+    ended_ns: int
+    error: BaseException | None = None
+    waited: float = 0.0
+
+
+# The providers in use, the newest last. OpenTelemetry's own holder can be set once a process, which would tie every
+# app that a process builds to the first one.
+_providers: list[trace.TracerProvider] = []
+_tracer: trace.Tracer | None = None
+
+
+def install(provider: trace.TracerProvider) -> None:
+    """Make `provider` the one that new spans come from."""
+    global _tracer
+    _providers.append(provider)
+    _tracer = _tracer_of(provider)
+
+
+def remove(provider: trace.TracerProvider) -> None:
+    """Take `provider` out; the newest of those left is in use again. Nothing happens where it is not in."""
+    global _tracer
+    if provider in _providers:
+        _providers.remove(provider)
+    _tracer = _tracer_of(_providers[-1]) if _providers else None
+
+
+def installed() -> trace.TracerProvider | None:
+    """The provider in use, or None: then OpenTelemetry's global one is asked."""
+    return _providers[-1] if _providers else None
+
+
+def _tracer_of(provider: trace.TracerProvider) -> trace.Tracer:
+    return provider.get_tracer(SCOPE, schema_url=SCHEMA_URL)
+
+
+@functools.cache
+def _global_tracer() -> trace.Tracer:
+    return trace.get_tracer(SCOPE, schema_url=SCHEMA_URL)
+
+
+def configure(*, local: Path | None, service_name: str = "asmodel", local_runs: int = 1_000) -> Tracing:
+    """Send spans where the `OTEL_*` variables say, and keep the last runs in the SQLite file `local`, if one is given.
+
+    Read are the SDK's standard variables. Without `OTEL_TRACES_EXPORTER`, spans are exported (OTLP over HTTP, protobuf)
+    only where `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` is set. The sampler decides about
+    export; the local file keeps every run. The caller shuts down what this returns.
+    """
+    from asmodel.trace_export import Tracing
+
+    return Tracing(local=local, service_name=service_name, local_runs=local_runs)
+
+
+class _Active(AbstractContextManager[Span]):
+    """A span that is the current one for a `with` body. A class, since a generator costs twice as much."""
+
+    __slots__ = ("_attributes", "_kind", "_name", "_parent", "_span", "_token")
+
+    _span: Span
+    _token: Token[Context] | None
+
+    def __init__(
+        self, name: str, kind: SpanKind, attributes: dict[str, AttributeValue], parent: Context | None = None
+    ) -> None:
+        self._name = name
+        self._kind = kind
+        self._attributes = attributes
+        self._parent = parent
+
+    def __enter__(self) -> Span:
+        tracer = _tracer if _tracer is not None else _global_tracer()
+        span = tracer.start_span(self._name, self._parent, self._kind, self._attributes)
+        self._span = span
+        # A span that is not sampled must be current too, or its children would begin traces of their own.
+        valid = span.get_span_context().is_valid
+        self._token = otel_context.attach(trace.set_span_in_context(span, self._parent)) if valid else None
+        return span
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._token is not None:
+            otel_context.detach(self._token)
+        if error is not None:
+            record_error(self._span, error)
+        self._span.end()
+
+
+def start_request(method: str, route: str, headers: Mapping[str, str]) -> AbstractContextManager[Span]:
+    """The span of one HTTP request. `headers` by lower-case names (or a mapping that does not care).
+
+    Its parent is the W3C `traceparent` that came in; one that cannot be read begins a new trace. Baggage is not read,
+    so none can leak onward.
+    """
+    parent = _W3C.extract(headers)
+    attributes: dict[str, AttributeValue] = {HTTP_METHOD: method, HTTP_ROUTE: route}
+    return _Active(f"{method} {route}", SpanKind.SERVER, attributes, parent)
+
+
+def record_response(span: Span, status: int, error: BaseException | None = None) -> None:
+    """The status that went out, and why. Only a 5xx makes a server's span an error (HTTP conventions)."""
+    if not span.is_recording():
+        return
+    span.set_attribute(HTTP_STATUS, status)
+    if error is not None:
+        span.set_attribute(ERROR_TYPE, error_type(error))
+    elif status >= 500:
+        span.set_attribute(ERROR_TYPE, str(status))
+    if status >= 500:
+        span.set_status(StatusCode.ERROR)
+
+
+def run_span(program: str, *, digest: str | None, run_id: str, nested: bool) -> AbstractContextManager[Span]:
+    """One run of a program. `digest` is of its source; `nested` where another program asked for it."""
+    attributes: dict[str, AttributeValue] = {
+        OPERATION: "invoke_workflow",
+        WORKFLOW_NAME: program,
+        AGENT_NAME: program,
+        RUN_ID: run_id,
+        RUN_PROGRAM: program,
+        RUN_NESTED: nested,
+    }
+    if digest is not None:
+        attributes[RUN_DIGEST] = digest
+    return _Active(f"invoke_workflow {program}", SpanKind.INTERNAL, attributes)
+
+
+def record_run(span: Span, budget: Budget) -> None:
+    """What the whole run came to. For the outermost run, whose budget it is."""
+    if not span.is_recording():
+        return
+    attributes: dict[str, AttributeValue] = {
+        RUN_STEPS: budget.steps,
+        RUN_HITS: budget.hits,
+        RUN_JOINED: budget.joined,
+        RUN_CALLS: budget.calls,
+        RUN_INPUT_TOKENS: budget.usage.prompt_tokens,
+        RUN_OUTPUT_TOKENS: budget.usage.completion_tokens,
+    }
+    if budget.cost is not None:
+        attributes[RUN_COST] = budget.cost
+    span.set_attributes(attributes)
+
+
+def record_notes(span: Span, facts: Mapping[str, float | Sequence[float]]) -> None:
+    """An author's own numbers on the span of a run. Raises TypeError for anything else: a trace holds no content."""
+    for name, value in facts.items():
+        numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError(f"a note holds numbers only; {name} holds something else")
+        # Of one type: OpenTelemetry takes no mixed sequence.
+        alike = len({type(number) for number in numbers}) <= 1
+        plain = numbers if alike else tuple(float(cast("float", number)) for number in numbers)
+        noted = plain if isinstance(value, Sequence) else plain[0]
+        span.set_attribute(f"{RUN_NOTE}.{name}", cast("AttributeValue", noted))
+
+
+def step_span(step: str, *, program: str, kind: str, draw: str | None) -> AbstractContextManager[Span]:
+    """One call of a step, cached or not. `kind` is the call's: chat, completion, score, embed."""
+    attributes: dict[str, AttributeValue] = {STEP_NAME: step, STEP_PROGRAM: program, STEP_KIND: kind}
+    if draw is not None:
+        attributes[STEP_DRAW] = draw
+    return _Active(f"step {step}", SpanKind.INTERNAL, attributes)
+
+
+def record_step(span: Span, reply: Reply, *, asks: int, cache: CacheMode = "on") -> None:
+    """How the step came by its reply. `asks` is 1 and one more for each time it was asked again; `cache` is the policy.
+
+    A reply that somebody else paid for is linked to the span that did.
+    """
+    if not span.is_recording():
+        return
+    usage = reply.usage
+    attributes: dict[str, AttributeValue] = {STEP_ASKS: asks}
+    if reply.source == "bought":
+        attributes[CACHE_RESULT] = "bypass" if cache in ("off", "refresh") else "miss"
+        attributes[STEP_INPUT_TOKENS] = usage.prompt_tokens
+        attributes[STEP_OUTPUT_TOKENS] = usage.completion_tokens
+        if reply.cost is not None:
+            attributes[STEP_COST] = reply.cost
+        span.set_attributes(attributes)
+        return
+    attributes[CACHE_RESULT] = reply.source
+    attributes[CACHE_SAVED_TOKENS] = usage.total_tokens
+    if reply.cost is not None:
+        attributes[CACHE_SAVED_COST] = reply.cost
+    if reply.source == "hit" and reply.bought_at:
+        attributes[CACHE_AGE] = round(max(0.0, time.time() - reply.bought_at), 3)
+    span.set_attributes(attributes)
+    payer = _context_of(reply.origin) if reply.origin is not None else None
+    if payer is not None:
+        span.add_link(payer)
+
+
+def call_span(
+    call: Call, *, upstream: str, provider: str, model: str, address: str | None, stream: bool
+) -> AbstractContextManager[Span]:
+    """One call that is really made, with all its attempts.
+
+    `upstream` is its name in the settings, `provider` a value of `gen_ai.provider.name`, `address` its host, host:port
+    or URL.
+    """
+    operation = OPERATIONS[call.kind]
+    attributes: dict[str, AttributeValue] = {
+        OPERATION: operation,
+        PROVIDER: provider,
+        REQUEST_MODEL: model,
+        UPSTREAM_NAME: upstream,
+        UPSTREAM_CALL: call.kind,
+    }
+    if address:
+        attributes |= _server(address)
+    if stream:
+        attributes[REQUEST_STREAM] = True
+    if isinstance(call, Chat) and call.schema is not None:
+        attributes[OUTPUT_TYPE] = "json"
+    if not isinstance(call, Score):
+        _add_params(attributes, call.params)
+    return _Active(f"{operation} {model}", SpanKind.CLIENT, attributes)
+
+
+def _add_params(attributes: dict[str, AttributeValue], params: Mapping[str, Any]) -> None:
+    for name, value in params.items():
+        attribute = _NUMBERS.get(name)
+        if attribute is not None:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                attributes[attribute] = value
+        elif name == "stop":
+            attributes[REQUEST_STOP] = (value,) if isinstance(value, str) else tuple(str(stop) for stop in value or ())
+        elif name == "n" and value != 1 and isinstance(value, int):
+            attributes[REQUEST_CHOICES] = value
+
+
+@functools.lru_cache(maxsize=256)
+def _server(address: str) -> Mapping[str, AttributeValue]:
+    try:
+        parts = urlsplit(address if "//" in address else f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return {}
+    if not host:
+        return {}
+    port = port or {"https": 443, "http": 80}.get(parts.scheme)
+    return {SERVER_ADDRESS: host} if port is None else {SERVER_ADDRESS: host, SERVER_PORT: port}
+
+
+def record_reply(span: Span, reply: Reply, *, first_delta: float | None) -> None:
+    """What the upstream answered. `first_delta` in seconds from the start of the call, where it was streamed.
+
+    If content is ever to be captured (`OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`), this is where it goes.
+    """
+    if not span.is_recording():
+        return
+    usage = reply.usage
+    attributes: dict[str, AttributeValue] = {INPUT_TOKENS: usage.prompt_tokens}
+    if not reply.embeddings:
+        attributes[OUTPUT_TOKENS] = usage.completion_tokens
+        attributes[RESPONSE_FINISH] = (reply.finish,)
+    if usage.cached_tokens:
+        attributes[CACHE_READ_TOKENS] = usage.cached_tokens
+    if usage.reasoning_tokens:
+        attributes[REASONING_TOKENS] = usage.reasoning_tokens
+    if usage.estimated:
+        attributes[UPSTREAM_ESTIMATED] = True
+    if reply.model:
+        attributes[RESPONSE_MODEL] = reply.model
+    if reply.cost is not None:
+        attributes[UPSTREAM_COST] = reply.cost
+    if first_delta is not None:
+        attributes[FIRST_CHUNK] = first_delta
+    span.set_attributes(attributes)
+
+
+def record_attempts(span: Span, attempts: Sequence[Attempt]) -> None:
+    """How a call was tried, once it is over: a child for each try, where there was more than one."""
+    if len(attempts) < 2 or not span.is_recording():
+        return
+    span.set_attributes({UPSTREAM_ATTEMPTS: len(attempts), UPSTREAM_BACKOFF: round(sum(a.waited for a in attempts), 6)})
+    tracer = _tracer if _tracer is not None else _global_tracer()
+    parent = trace.set_span_in_context(span)
+    for number, attempt in enumerate(attempts, start=1):
+        attributes: dict[str, AttributeValue] = {UPSTREAM_ATTEMPT: number}
+        if attempt.waited:
+            attributes[UPSTREAM_BACKOFF] = attempt.waited
+        child = tracer.start_span(
+            f"attempt {number}", parent, SpanKind.INTERNAL, attributes, start_time=attempt.started_ns
+        )
+        if attempt.error is not None:
+            record_error(child, attempt.error)
+        child.end(end_time=max(attempt.started_ns, attempt.ended_ns))
+
+
+def record_wait(span: Span, name: str, seconds: float) -> None:
+    """Time spent waiting for something other than the model, so that a span's time adds up.
+
+    `name` says for what, and in whose family: `cache.flight`, `upstream.limit`; without a dot it is the upstream's.
+    Waits of one name add up in `asmodel.NAME.wait_s`; each is an event as well.
+    """
+    if not span.is_recording():
+        return
+    name = name if "." in name else f"upstream.{name}"
+    attribute = f"asmodel.{name}{WAIT_SUFFIX}"
+    so_far: Mapping[str, Any] = getattr(span, "attributes", None) or {}
+    span.set_attribute(attribute, round(so_far.get(attribute, 0.0) + seconds, 6))
+    span.add_event(WAIT_EVENT, {WAIT_NAME: name, WAIT_SECONDS: seconds})
+
+
+def tool_span(name: str, *, call_id: str | None) -> AbstractContextManager[Span]:
+    """One call of a program's own tool. `call_id` is the model's, where a model asked for it."""
+    attributes: dict[str, AttributeValue] = {OPERATION: "execute_tool", TOOL_NAME: name, TOOL_TYPE: "function"}
+    if call_id is not None:
+        attributes[TOOL_CALL_ID] = call_id
+    return _Active(f"execute_tool {name}", SpanKind.INTERNAL, attributes)
+
+
+def part_span(name: str, *, of: int | None) -> AbstractContextManager[Span]:
+    """A part of a run that its author named; `of` says how many steps it expects to take."""
+    attributes: dict[str, AttributeValue] = {RUN_PART: name}
+    if of is not None:
+        attributes[RUN_PART_OF] = of
+    return _Active(f"part {name}", SpanKind.INTERNAL, attributes)
+
+
+def record_error(span: Span, error: BaseException) -> None:
+    """Mark the span as failed, by the kind of error alone; or as cancelled, which is no failure."""
+    if not span.is_recording():
+        return
+    error = _cause(error)
+    if isinstance(error, _STOPPED):
+        span.set_attribute(CANCELLED, True)
+        return
+    span.set_attribute(ERROR_TYPE, error_type(error))
+    span.set_status(StatusCode.ERROR)
+
+
+def error_type(error: BaseException) -> str:
+    """The `code` of an error of ours, otherwise the name of its class."""
+    error = _cause(error)
+    return error.code if isinstance(error, AsmodelError) and error.code else type(error).__qualname__
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a task group failed of: of several errors, the first that is not just a task being stopped."""
+    while isinstance(error, BaseExceptionGroup):
+        errors = cast("BaseExceptionGroup[BaseException]", error).exceptions  # isinstance tells nothing of its contents
+        error = next((e for e in errors if not isinstance(e, _STOPPED)), errors[0])
+    return error
+
+
+def origin(span: Span) -> Origin | None:
+    """The ids of a span that pays for a reply, to be kept with the reply; None where nothing is recorded."""
+    if not span.is_recording():
+        return None
+    ids = span.get_span_context()
+    return Origin(trace.format_trace_id(ids.trace_id), trace.format_span_id(ids.span_id))
+
+
+def trace_id(span: Span) -> str:
+    """The trace's id, 32 hex digits; empty where there is none."""
+    ids = span.get_span_context()
+    return trace.format_trace_id(ids.trace_id) if ids.is_valid else ""
+
+
+def traceparent() -> str | None:
+    """The current context as a W3C `traceparent` header, for upstreams that may know it; None where there is none."""
+    carrier: dict[str, str] = {}
+    _W3C.inject(carrier)
+    return carrier.get("traceparent")
+
+
+def _context_of(origin: Origin) -> trace.SpanContext | None:
+    # The ids come out of a store that others may have written to.
+    try:
+        context = trace.SpanContext(
+            int(origin.trace_id, 16), int(origin.span_id, 16), is_remote=True, trace_flags=trace.TraceFlags(1)
+        )
+    except (ValueError, TypeError):
+        return None
+    return context if context.is_valid else None

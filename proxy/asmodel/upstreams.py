@@ -1,0 +1,570 @@
+"""The onion between a step and a provider. Each layer has one method, `send`, and wraps the next:
+
+    Cached > Routed > Metered > Retried > Limited > Timed > provider
+
+Cached    one answer a key: from the store, from a call in flight, or bought
+Routed    the first of several equals that answers
+Metered   the span of a call that is really made, its time, tokens and cost
+Retried   again, after a pause, where that is safe and can help
+Limited   so many calls at a time, fair between runs
+Timed     how long the first byte, and the whole, may take
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace
+
+from asmodel import tracing
+from asmodel.calls import Call, Capabilities, Delta, Emit, Reply, Terms, ToolCallDelta, Usage, key
+from asmodel.errors import (
+    AsmodelError,
+    DeadlineExceeded,
+    NotCached,
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from asmodel.protocols import Cache, Counting, Detecting, Openable, Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+log = logging.getLogger("asmodel.upstream")
+
+
+def name_of(upstream: Upstream) -> str:
+    """Its name in the settings; of one that has none, its identity."""
+    name = getattr(upstream, "name", None)
+    return name if isinstance(name, str) else upstream.identity
+
+
+class _Layer:
+    """What every layer that wraps one upstream passes on as it is."""
+
+    count: Callable[[str], Awaitable[int]]
+    detect: Callable[[], Awaitable[Capabilities]]
+
+    def __init__(self, inner: Upstream) -> None:
+        self._inner = inner
+        # A layer can do these only where what it wraps can: whoever asks, asks by `isinstance`.
+        if isinstance(inner, Counting):
+            self.count = inner.count
+        if isinstance(inner, Detecting):
+            self.detect = inner.detect
+
+    @property
+    def name(self) -> str:
+        return name_of(self._inner)
+
+    @property
+    def identity(self) -> str:
+        return self._inner.identity
+
+    async def capabilities(self) -> Capabilities:
+        return await self._inner.capabilities()
+
+    async def open(self) -> None:
+        if isinstance(self._inner, Openable):
+            await self._inner.open()
+
+    async def close(self) -> None:
+        if isinstance(self._inner, Openable):
+            await self._inner.close()
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One purchase, shared by all who want it at the same moment; each reads it at its own pace."""
+
+    key: str | None
+    """None for a purchase that nobody may join."""
+    task: asyncio.Task[Reply] | None = None
+    waiters: int = 0
+    deltas: list[Delta] = field(default_factory=list[Delta])
+    arrived: bool = False
+    """The reply is here and only its storing is left: too late to cancel, it would be paid for and lost."""
+    accepts: list[Terms] = field(default_factory=list[Terms])
+    grown: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def add(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        self._wake()
+
+    def _wake(self) -> None:
+        self.grown.set()
+        self.grown = asyncio.Event()
+
+    def landed(self, _: object) -> None:
+        self._wake()
+
+
+@dataclass(slots=True, eq=False)
+class _Lookup:
+    """Who is looking a key up just now, and how many purchases of it have landed since."""
+
+    readers: int = 0
+    landed: int = 0
+
+
+class Cached(_Layer):
+    """At most one answer is bought for a key: stored replies first, then a call in flight, then the next layer.
+
+    A reply is stored once it is whole and its step can read it, and only then returned. Errors, interrupted streams
+    and unreadable replies never are. A flight ends early when its last waiter has left.
+    """
+
+    def __init__(self, inner: Upstream, cache: Cache | None, flights: dict[str, _Flight] | None = None) -> None:
+        super().__init__(inner)
+        self._cache = cache
+        self._flights: dict[str, _Flight] = {} if flights is None else flights
+        self._lookups: dict[str, _Lookup] = {}
+
+    async def send(self, call: Call, terms: Terms) -> Reply:
+        if terms.cache.mode == "off":
+            return await self._bounded(self._lead(None, call, terms), terms)
+        k = key(call, terms.scope)
+        flight = self._flights.get(k)
+        if flight is None and terms.cache.mode in ("on", "only"):
+            hit = await self._look_up(k, terms)
+            if hit is not None:
+                if terms.emit is not None:
+                    await replay(hit, terms.emit)
+                return hit
+            flight = self._flights.get(k)
+            if flight is None and terms.cache.mode == "only":
+                raise NotCached(f'step "{terms.step}" is not in the cache, and only cached answers were asked for')
+        if flight is not None:
+            flight.accepts.append(terms)
+            came = time.monotonic()
+            reply = await self._bounded(self._wait(flight, terms), terms)
+            tracing.record_wait(trace.get_current_span(), "cache.flight", time.monotonic() - came)
+            return reply.named("joined")
+        return await self._bounded(self._lead(k, call, terms), terms)
+
+    async def keep(self, call: Call, reply: Reply, terms: Terms) -> None:
+        """Store the reply as the answer to `call`, which its step got only by asking again."""
+        if terms.cache.mode in ("on", "refresh"):
+            await self._store(key(call, terms.scope), reply, [terms])
+
+    async def _lead(self, k: str | None, call: Call, terms: Terms) -> Reply:
+        _admit(terms)
+        flight = _Flight(k, accepts=[terms])
+        if k is not None:
+            self._flights[k] = flight
+        inner = replace(terms, emit=flight.add if terms.emit else None, deadline=None, accept=None)
+        flight.task = asyncio.get_running_loop().create_task(self._fly(flight, call, inner))
+        flight.task.add_done_callback(flight.landed)
+        flight.task.add_done_callback(_seen)
+        return await self._wait(flight, terms)
+
+    async def _bounded(self, work: Coroutine[object, object, Reply], terms: Terms) -> Reply:
+        """Each waiter has its own deadline; the flight has none."""
+        scope = asyncio.timeout_at(terms.deadline)
+        try:
+            async with scope:
+                return await work
+        except TimeoutError:
+            if scope.expired():
+                raise DeadlineExceeded(f'the run\'s time was used up at step "{terms.step}"', param="seconds") from None
+            raise
+
+    async def _look_up(self, k: str, terms: Terms) -> Reply | None:
+        """What is stored. Looked up again where a purchase landed meanwhile, which the look may just have missed."""
+        lookup = self._lookups.setdefault(k, _Lookup())
+        lookup.readers += 1
+        try:
+            while True:
+                landed = lookup.landed
+                hit = await self._stored(k, terms)
+                if hit is not None or k in self._flights or landed == lookup.landed:
+                    return hit
+        finally:
+            lookup.readers -= 1
+            if not lookup.readers:
+                del self._lookups[k]
+
+    async def _stored(self, k: str, terms: Terms) -> Reply | None:
+        if self._cache is None:
+            return None
+        data = await self._cache.get(k)
+        if data is None:
+            return None
+        try:
+            reply = Reply.load(data)
+        except ValueError:
+            log.warning("a stored reply of %s/%s cannot be read and counts as a miss", terms.program, terms.step)
+            return None
+        ages = [age for age in (terms.cache.max_age, terms.cache.ttl) if age is not None]
+        if ages and time.time() - reply.bought_at > min(ages):
+            return None
+        return reply if _accepted(reply, terms) else None
+
+    async def _fly(self, flight: _Flight, call: Call, terms: Terms) -> Reply:
+        try:
+            reply = await self._inner.send(call, terms)
+            flight.arrived = True
+            if flight.key is not None:
+                await self._store(flight.key, reply, flight.accepts)
+            return reply
+        finally:
+            self._forget(flight)
+
+    async def _store(self, k: str, reply: Reply, readers: Sequence[Terms]) -> None:
+        reader = next((terms for terms in readers if _accepted(reply, terms)), None)
+        if reader is None or self._cache is None:
+            return
+        try:
+            data = reply.dump()
+        except ValueError:
+            raise UpstreamBroken(f'upstream "{reply.upstream}" answered with text that is not Unicode') from None
+        try:
+            await self._cache.set(k, data, tag=f"{reader.program}/{reader.step}", ttl=reader.cache.ttl)
+        except Exception as error:
+            # It has been paid for: better an answer that is not kept than none.
+            log.warning("a reply of %s/%s could not be stored: %s", reader.program, reader.step, type(error).__name__)
+
+    def _forget(self, flight: _Flight) -> None:
+        if flight.key is None or self._flights.get(flight.key) is not flight:
+            return
+        del self._flights[flight.key]
+        lookup = self._lookups.get(flight.key)
+        if lookup is not None:
+            lookup.landed += 1
+
+    async def _wait(self, flight: _Flight, terms: Terms) -> Reply:
+        assert flight.task is not None
+        flight.waiters += 1
+        sent = 0
+        try:
+            while terms.emit is not None:
+                grown = flight.grown
+                while sent < len(flight.deltas):
+                    await terms.emit(flight.deltas[sent])
+                    sent += 1
+                if flight.task.done() or grown is not flight.grown:
+                    if flight.task.done() and sent == len(flight.deltas):
+                        break
+                    continue
+                await grown.wait()
+            try:
+                reply = await asyncio.shield(flight.task)
+            except asyncio.CancelledError:
+                if flight.task.cancelled() and not _being_cancelled():
+                    raise UpstreamBroken(f'upstream "{self.name}" has broken off its own call') from None
+                raise
+            if terms.emit is not None and not sent:
+                await replay(reply, terms.emit)
+            return reply
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0 and not flight.task.done() and not flight.arrived:
+                flight.task.cancel()
+                # Nor may it be joined by somebody who comes before it has ended.
+                self._forget(flight)
+
+
+def _seen(task: asyncio.Task[Reply]) -> None:
+    """Its waiters may all have left; the event loop would log the text of the error that they were spared."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _admit(terms: Terms) -> None:
+    if terms.budget is not None:
+        terms.budget.admit()
+
+
+def _accepted(reply: Reply, terms: Terms) -> bool:
+    if terms.accept is None:
+        return True
+    try:
+        terms.accept(reply)
+    except Exception as error:
+        if not isinstance(error, ValueError):
+            log.info("the reader of %s/%s raised %s", terms.program, terms.step, type(error).__name__)
+        return False
+    return True
+
+
+async def replay(reply: Reply, emit: Emit) -> None:
+    """Emit a whole reply as a stream would have brought it."""
+    calls = tuple(ToolCallDelta(i, c.id, c.name, c.arguments) for i, c in enumerate(reply.tool_calls))
+    if reply.reasoning:
+        await emit(Delta(reasoning=reply.reasoning))
+    if reply.text or calls:
+        await emit(Delta(text=reply.text, tool_calls=calls))
+
+
+class Routed(_Layer):
+    """The first of several equals that answers. The first stands for all: equals give the same answers, so theirs are
+    one cache entry, under its identity.
+    """
+
+    def __init__(self, members: Sequence[Upstream]) -> None:
+        super().__init__(members[0])
+        self._members = members
+
+    async def send(self, call: Call, terms: Terms) -> Reply:
+        watch = _Watch(terms.emit)
+        terms = replace(terms, emit=watch.emit if terms.emit else None)
+        for member in self._members[:-1]:
+            try:
+                return await member.send(call, terms)
+            except UpstreamError as error:
+                if watch.emitted or not error.repeatable or not _readmitted(terms):
+                    raise
+                log.warning("%s; the next of its equals is asked", error)
+        return await self._members[-1].send(call, terms)
+
+    async def open(self) -> None:
+        for member in self._members:
+            if isinstance(member, Openable):
+                await member.open()
+
+    async def close(self) -> None:
+        for member in self._members:
+            if isinstance(member, Openable):
+                await member.close()
+
+
+class _Watch:
+    """Passes deltas on, and remembers that one has left: after that a call is never made again."""
+
+    def __init__(self, emit: Emit | None) -> None:
+        self._emit = emit
+        self.first: float | None = None
+
+    @property
+    def emitted(self) -> bool:
+        return self.first is not None
+
+    async def emit(self, delta: Delta) -> None:
+        if self.first is None:
+            self.first = time.monotonic()
+        if self._emit is not None:
+            await self._emit(delta)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """US dollars a million tokens."""
+
+    input: float
+    output: float
+    cached_input: float | None = None
+
+    def of(self, usage: Usage) -> float:
+        cached = self.input if self.cached_input is None else self.cached_input
+        fresh = usage.prompt_tokens - usage.cached_tokens
+        return (fresh * self.input + usage.cached_tokens * cached + usage.completion_tokens * self.output) / 1e6
+
+
+class Metered(_Layer):
+    """A call that is really made: its span, who answered and when, what it cost, and the charge to the run's budget."""
+
+    def __init__(
+        self,
+        inner: Upstream,
+        *,
+        name: str,
+        provider: str,
+        model: str,
+        address: str | None = None,
+        price: Price | None = None,
+    ) -> None:
+        super().__init__(inner)
+        self._name = name
+        self._provider = provider
+        self._model = model
+        self._address = address
+        self._price = price
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def send(self, call: Call, terms: Terms) -> Reply:
+        watch = _Watch(terms.emit)
+        started, clock = time.time(), time.monotonic()
+        stream = terms.emit is not None
+        with tracing.call_span(
+            call,
+            upstream=self._name,
+            provider=self._provider,
+            model=self._model,
+            address=self._address,
+            stream=stream,
+        ) as span:
+            with terms.budget.asking() if terms.budget is not None else nullcontext():
+                reply = await self._inner.send(call, replace(terms, emit=watch.emit if stream else None))
+            seconds = time.monotonic() - clock
+            reply = replace(
+                reply,
+                upstream=self._name,
+                model=reply.model or self._model,
+                cost=self._price.of(reply.usage) if self._price else reply.cost,
+                bought_at=started,
+                seconds=seconds,
+                origin=tracing.origin(span),
+            )
+            if terms.budget is not None:
+                terms.budget.charge(reply.usage, reply.cost)
+            tracing.record_reply(span, reply, first_delta=None if watch.first is None else watch.first - clock)
+            return reply
+
+
+class Retried(_Layer):
+    """Again after a pause, where the error says that it can help and nothing has been received yet.
+
+    The pause is what the upstream asked for (`retry-after`, up to `patience` seconds), else 0.5 s doubled each time up
+    to 8 s, less up to a quarter by chance, so that many callers do not come back in step.
+    """
+
+    def __init__(self, inner: Upstream, *, retries: int = 2, patience: float = 60.0, pause: float = 0.5) -> None:
+        super().__init__(inner)
+        self._retries = retries
+        self._patience = patience
+        self._pause = pause
+
+    async def send(self, call: Call, terms: Terms) -> Reply:
+        watch = _Watch(terms.emit)
+        terms = replace(terms, emit=watch.emit if terms.emit else None)
+        attempts: list[tracing.Attempt] = []
+        waited = 0.0
+        try:
+            while True:
+                started = time.time_ns()
+                try:
+                    reply = await self._inner.send(call, terms)
+                    attempts.append(tracing.Attempt(started, time.time_ns(), None, waited))
+                    return reply
+                except BaseException as error:
+                    attempts.append(tracing.Attempt(started, time.time_ns(), error, waited))
+                    waited = self._pause_after(error, len(attempts)) if not watch.emitted else -1.0
+                    if waited < 0 or not _readmitted(terms):
+                        raise
+                    log.info("%s; asked again in %.1f s", error, waited)
+                await asyncio.sleep(waited)
+        finally:
+            if len(attempts) > 1:
+                tracing.record_attempts(trace.get_current_span(), attempts)
+
+    def _pause_after(self, error: BaseException, attempts: int) -> float:
+        if not isinstance(error, UpstreamError) or not error.repeatable or attempts > self._retries:
+            return -1.0
+        if error.retry_after is not None:
+            return error.retry_after if error.retry_after <= self._patience else -1.0
+        return min(8.0, self._pause * 2.0 ** (attempts - 1)) * (1 - random.random() / 4)
+
+
+def _readmitted(terms: Terms) -> bool:
+    """Whether the run's limits allow one attempt more; if not, the upstream's own error is the one to tell."""
+    try:
+        _admit(terms)
+    except AsmodelError:
+        return False
+    return True
+
+
+class Limited(_Layer):
+    """At most `slots` calls at a time. Runs that wait take turns, so a long run cannot starve a short one."""
+
+    def __init__(self, inner: Upstream, *, slots: int) -> None:
+        super().__init__(inner)
+        self._free = slots
+        self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    async def send(self, call: Call, terms: Terms) -> Reply:
+        async with self._slot(terms.run_id):
+            return await self._inner.send(call, terms)
+
+    @asynccontextmanager
+    async def _slot(self, run_id: str) -> AsyncGenerator[None, None]:
+        if self._free > 0 and not self._queues:
+            self._free -= 1
+        else:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._queues.setdefault(run_id, deque()).append(turn)
+            came = time.monotonic()
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._pass_on()
+                else:
+                    self._forget(run_id, turn)
+                raise
+            tracing.record_wait(trace.get_current_span(), "queue", time.monotonic() - came)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._queues:
+            run_id, queue = self._queues.popitem(last=False)
+            turn = queue.popleft()
+            if queue:
+                self._queues[run_id] = queue  # At the end of the line of runs.
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+    def _forget(self, run_id: str, turn: asyncio.Future[None]) -> None:
+        queue = self._queues.get(run_id)
+        if queue is not None and turn in queue:
+            queue.remove(turn)
+            if not queue:
+                del self._queues[run_id]
+
+
+class Timed(_Layer):
+    """`first_byte` seconds until a stream begins, `total` seconds for the whole; time in the queue does not count."""
+
+    def __init__(self, inner: Upstream, *, name: str, first_byte: float, total: float) -> None:
+        super().__init__(inner)
+        self._name = name
+        self._first_byte = first_byte
+        self._total = total
+
+    async def send(self, call: Call, terms: Terms) -> Reply:
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self._total
+        bound = min(ends, loop.time() + self._first_byte) if terms.emit else ends
+        emit = terms.emit
+        started = False
+        scope = asyncio.timeout_at(bound)
+
+        async def began(delta: Delta) -> None:
+            nonlocal started
+            assert emit is not None
+            if not started:
+                started = True
+                scope.reschedule(ends)
+            await emit(delta)
+
+        try:
+            async with scope:
+                return await self._inner.send(call, replace(terms, emit=began) if emit else terms)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            what, seconds = ("begun", self._first_byte) if emit and not started else ("finished", self._total)
+            error = UpstreamTimeout(f'upstream "{self._name}" has not {what} to answer within {seconds:g} s')
+            raise error from None
