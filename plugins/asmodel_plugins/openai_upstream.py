@@ -1,0 +1,718 @@
+"""Any server that speaks OpenAI's API, by its base URL, over one pool of connections."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+import orjson
+
+from asmodel.calls import Call, Capabilities, Chat, Completion, Delta, Embed, Emit, Reply, Score, Terms, TokenLogprob
+from asmodel.dialect import (
+    Assembly,
+    Refusal,
+    body_of,
+    embedded_error,
+    error_of,
+    finite,
+    first_choice,
+    logprobs_of,
+    mapping,
+    refusal_of,
+    reply_of,
+    scrubbed,
+    usage_of,
+)
+from asmodel.errors import (
+    ConfigurationError,
+    Unsupported,
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    UpstreamUnreachable,
+)
+from asmodel.likelihood import PROBE_TOKENS, continuation_of, echoed, generated_of, prompt_tokens, proven
+
+BODY_LIMIT = 64 * 1024 * 1024
+"""Bytes of one answer; more is not one."""
+EVENT_LIMIT = 8 * 1024 * 1024
+"""Bytes of one event of a stream."""
+
+_ROUTES = {"chat": "/chat/completions", "completion": "/completions", "embed": "/embeddings"}
+_ALL = 1_000_000
+"""More tokens than any vocabulary has."""
+_SAYS_NO = frozenset({"upstream_broken", "upstream_model_not_found", "upstream_not_implemented"})
+_CUT = "upstream_connection_lost"
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_FLAGS = frozenset(f.name for f in fields(Capabilities)) - {"context"}
+
+
+class OpenAIUpstream:
+    """A model at an OpenAI-compatible server.
+
+    `base_url` is what the SDKs take, as `http://127.0.0.1:11434/v1`. `api_key` is sent as a bearer token, and nothing
+    where it is None; `headers` are sent with each request and win over ours. `identity` is who answers, for the cache
+    key; by default the address and the model. `connect_timeout` in seconds, name look-up and TLS included; how long an
+    answer may take is for the layers around this. `context` in tokens. `can` corrects what the server can do
+    (`{"tools": false}`); log-likelihood it may forbid but not assert: that is proven by trying, in `detect`.
+
+    Raises ConfigurationError on a base URL that is none, or on an unknown name in `can`.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        base_url: str,
+        model: str,
+        api_key: str | None = None,
+        identity: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        connect_timeout: float = 5.0,
+        connections: int = 1000,
+        context: int | None = None,
+        can: Mapping[str, bool] | None = None,
+    ) -> None:
+        self.name = name
+        self._model = model
+        self._base = _split(name, base_url)
+        self._identity = identity or f"openai:{_normal(self._base)}:{model}"
+        api_key = _checked_key(name, api_key)
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers |= {key.lower(): value for key, value in (headers or {}).items()}
+        self._headers["content-type"] = "application/json"
+        self._secrets = _secrets_of(api_key, headers or {}, self._base)
+        self._connect_timeout = connect_timeout
+        self._connections = connections
+        self._session: aiohttp.ClientSession | None = None
+        if unknown := sorted(set(can or {}) - _FLAGS):
+            raise ConfigurationError(
+                f"upstreams.{name}.can: there is no {', '.join(map(repr, unknown))}; "
+                f"there are {', '.join(sorted(_FLAGS))}"
+            )
+        flags = {"completion": True, "schema": True, "tools": True, "embeddings": True} | dict(can or {})
+        # None: not tried yet. What an operator forbids is never tried, what an operator promises is.
+        self._scoring: bool | None = False if flags.pop("loglikelihood", None) is False else None
+        self._capabilities = Capabilities(**flags, context=context)
+        self._ways: dict[str, _Way] = {
+            "echo": self._echo,
+            "echo, one token more": self._longer_echo,
+            "grammar": self._grammar,
+            "prompt_logprobs": self._prompt_logprobs,
+        }
+        self._way = ""
+        self._whole_token: int | None = None
+        self._detecting: asyncio.Task[bool] | None = None
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    @property
+    def address(self) -> str:
+        """Scheme, host and port, for messages."""
+        return _address(self._base)
+
+    # -- life
+
+    async def open(self) -> None:
+        proxy, proxy_auth = _proxy_of(self._base)
+        # asyncio and aiohttp both switch Nagle's algorithm off, so small requests leave at once.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._connections, ttl_dns_cache=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trace_configs=[_noting_reuse()],
+            proxy=proxy,
+            proxy_auth=proxy_auth,
+        )
+
+    async def close(self) -> None:
+        if self._detecting is not None:
+            self._detecting.cancel()
+            await asyncio.gather(self._detecting, return_exceptions=True)
+            self._detecting = None
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # -- what it can do
+
+    async def capabilities(self) -> Capabilities:
+        """What it is taken to do; `loglikelihood` only once `detect` has proven it."""
+        return replace(self._capabilities, loglikelihood=self._scoring is True)
+
+    async def detect(self) -> Capabilities:
+        """Try, once, whether the server scores given text: a handful of short completions.
+
+        Tasks that ask at the same moment share one trial. One that failed for want of an answer is not remembered.
+        """
+        if self._scoring is None:
+            if self._detecting is None:
+                self._detecting = asyncio.get_running_loop().create_task(self._try_scoring())
+            trial = self._detecting
+            try:
+                # A caller that leaves must not end the trial of the others; close() does.
+                self._scoring = await asyncio.shield(trial)
+            finally:
+                if trial.done() and self._detecting is trial:
+                    self._detecting = None
+        return await self.capabilities()
+
+    async def _try_scoring(self) -> bool:
+        if not self._capabilities.completion:
+            return False
+        ways = {name: _provable(_logprobs(way)) for name, way in self._ways.items()}
+        way = await proven(_provable(self._generate), ways)
+        self._way = way or ""
+        return way is not None
+
+    # -- one call
+
+    async def send(self, call: Call, terms: Terms) -> Reply:
+        """Answer one call; raises UpstreamError, and Unsupported on a score where none was proven possible."""
+        if isinstance(call, Score):
+            reply = await self._score(call)
+        elif terms.emit is None or isinstance(call, Embed):
+            body = await self._post(_ROUTES[call.kind], body_of(call, self._model))
+            try:
+                reply = reply_of(body, call)
+            except ValueError as error:
+                raise self._broken(f"sent an answer that is none: {error}") from error
+            self._look_at_finish(reply.finish)
+        else:
+            reply = await self._stream(call, terms)
+        return replace(reply, upstream=self.name)
+
+    async def _stream(self, call: Chat | Completion, terms: Terms) -> Reply:
+        emit = terms.emit
+        assert emit is not None
+        assembly = Assembly()
+        done = False
+        async with self._request(_ROUTES[call.kind], body_of(call, self._model, stream=True)) as response:
+            if "event-stream" not in response.content_type:
+                # A server that does not stream answers whole; one that mislabels its stream is told by its first bytes.
+                data = await self._read(response)
+                if not data.lstrip().startswith((b"data:", b"event:", b":")):
+                    body = self._json(data, response)
+                    try:
+                        reply = reply_of(body, call)
+                        delta = assembly.add(body)
+                    except ValueError as error:
+                        raise self._broken(f"sent an answer that is none: {error}") from error
+                    if delta is not None:
+                        await emit(delta)
+                    self._look_at_finish(reply.finish)
+                    return reply
+                chunks = _once(data)
+            else:
+                chunks = self._bytes(response)
+            events = Events(EVENT_LIMIT)
+            try:
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        done = await self._take(events.feed(chunk), assembly, emit)
+                        if done:
+                            break
+                if not done:
+                    done = await self._take(events.end(), assembly, emit)
+            except _Unreadable as error:
+                raise self._broken(f"sent a stream that is none: {error}") from error
+            if not done and assembly.finish is None:
+                raise self._broken("ended its stream before the answer had an end")
+            await _drain(response)
+        self._look_at_finish(assembly.finish)
+        return assembly.reply(call)
+
+    async def _take(self, events: Sequence[bytes], assembly: Assembly, emit: Emit) -> bool:
+        """Take the events in, and pass on what they bring; True once one of them was the last."""
+        for data in events:
+            if data.strip() == b"[DONE]":
+                return True
+            if data.strip() and (delta := self._delta(data, assembly)) is not None:
+                await emit(delta)
+        return False
+
+    def _delta(self, data: bytes, assembly: Assembly) -> Delta | None:
+        chunk = self._object(data)
+        if chunk is None:
+            raise _Unreadable("an event is not a JSON object")
+        self._look_for_error(chunk)
+        try:
+            return assembly.add(chunk)
+        except ValueError as error:
+            raise _Unreadable(str(error)) from error
+
+    def _look_at_finish(self, finish: str | None) -> None:
+        if finish == "error":
+            raise UpstreamUnavailable(f"{self._who} broke off its answer with finish_reason 'error'")
+
+    # -- log-likelihood of given text
+
+    async def _score(self, call: Score) -> Reply:
+        if not call.continuation:
+            return Reply(model=self._model)
+        if self._scoring is None:
+            await self.detect()
+        measure = self._ways.get(self._way)
+        if not self._scoring or measure is None:
+            raise Unsupported(
+                f"{self._who} does not give the log-likelihood of given text (tried: echo, a grammar of token "
+                "literals, prompt_logprobs); give the scoring role an upstream that does"
+            )
+        try:
+            logprobs, body = await measure(call.context, call.continuation)
+        except ValueError as error:
+            raise self._broken(f"sent log-probabilities that are none: {error}") from error
+        reply = Reply(logprobs=tuple(logprobs), model=str(body.get("model") or self._model))
+        return replace(reply, usage=usage_of(body.get("usage"), call, reply))
+
+    async def _generate(self, prompt: str) -> Sequence[TokenLogprob]:
+        return generated_of(await self._complete(prompt, max_tokens=PROBE_TOKENS, logprobs=1))
+
+    async def _echo(self, context: str, continuation: str, more: int = 0) -> _Measured:
+        body = await self._complete(context + continuation, echo=True, logprobs=1, max_tokens=more)
+        return echoed(body, context, continuation, more=more), body
+
+    async def _longer_echo(self, context: str, continuation: str) -> _Measured:
+        """The same for servers that want to generate one token at least; it is paid for and dropped."""
+        return await self._echo(context, continuation, more=1)
+
+    async def _grammar(self, context: str, continuation: str) -> _Measured:
+        """llama.cpp's server: force the tokens of the text by a grammar of token literals, and read what each would
+        have been given; log-probabilities are taken before the grammar, so forcing does not change them.
+
+        A token that is a part of a character cannot be forced (the grammar works on whole characters, and fails with
+        a 500); its log-probability is looked up among those of all tokens in its place, which is slow and rare.
+        """
+        pieces = await self._tokenized(continuation)
+        ids = [number for number, _ in pieces]
+        tokens: list[TokenLogprob] = []
+        usages: list[Mapping[str, Any]] = []
+        model = ""
+        while len(tokens) < len(ids):
+            at = len(tokens)
+            prompt: str | list[str | int] = [context, *ids[:at]] if at else context
+            run = next((i for i in range(at, len(ids)) if not pieces[i][1]), len(ids))
+            if run > at:
+                found, body = await self._forced(prompt, ids[at:run])
+            else:
+                found, body = await self._looked_up(prompt, ids[at])
+            tokens += found
+            usages.append(mapping(body.get("usage")))
+            model = str(body.get("model") or model)
+        counted = ("prompt_tokens", "completion_tokens")
+        usage = {name: sum(int(u.get(name) or 0) for u in usages) for name in counted} if all(usages) else {}
+        return tuple(tokens), {"model": model, "usage": usage}
+
+    async def _tokenized(self, text: str) -> list[tuple[int, bool]]:
+        """The tokens of a text, and of each whether it is made of whole characters."""
+        body = {"content": text, "add_special": False, "with_pieces": True}
+        given = (await self._post("/tokenize", body, at_root=True)).get("tokens")
+        pieces: list[tuple[int, bool]] = []
+        for item in cast("list[object]", given) if isinstance(given, list) else []:
+            # Bytes in place of a text are a part of a character. An older server gives numbers alone.
+            number = item if isinstance(item, int) else mapping(item).get("id")
+            if not isinstance(number, int):
+                raise ValueError("a token has no number")
+            pieces.append((number, not isinstance(mapping(item).get("piece"), list)))
+        if not pieces:
+            raise ValueError("no tokens came back")
+        return pieces
+
+    async def _forced(self, prompt: str | list[str | int], ids: list[int]) -> _Measured:
+        grammar = "root ::= " + " ".join(f"<[{number}]>" for number in ids)
+        body = await self._complete(prompt, max_tokens=len(ids), grammar=grammar, logprobs=1, n_probs=1)
+        shape = mapping(first_choice(body).get("logprobs"))
+        entries = cast("list[object]", shape.get("content") or [])
+        tokens = logprobs_of(shape)
+        if len(tokens) != len(ids):
+            raise ValueError(f"{len(tokens)} log-probabilities for {len(ids)} tokens")
+        if [mapping(entry).get("id") for entry in entries] != ids:
+            raise ValueError("other tokens came back than were forced")
+        return tokens, body
+
+    async def _looked_up(self, prompt: str | list[str | int], number: int) -> _Measured:
+        # Whatever is generated must be a whole character, or the server leaves its log-probabilities out.
+        if self._whole_token is None:
+            self._whole_token = (await self._tokenized("a"))[0][0]
+        bias = [[self._whole_token, 1000]]
+        body = await self._complete(prompt, max_tokens=1, logit_bias=bias, logprobs=_ALL, n_probs=_ALL)
+        shape = mapping(first_choice(body).get("logprobs"))
+        first = mapping(next(iter(cast("list[object]", shape.get("content") or [])), None))
+        for other in cast("list[object]", first.get("top_logprobs") or []):
+            entry = mapping(other)
+            if entry.get("id") == number and (logprob := finite(entry.get("logprob"))) is not None:
+                return [TokenLogprob(str(entry.get("token") or ""), logprob)], body
+        raise ValueError("a token is not among those that came back")
+
+    async def _prompt_logprobs(self, context: str, continuation: str) -> _Measured:
+        """vLLM: the prompt's tokens in a field of their own, each with its own entry alone when 0 others are wanted."""
+        body = await self._complete(context + continuation, max_tokens=1, prompt_logprobs=0)
+        given = first_choice(body).get("prompt_logprobs", body.get("prompt_logprobs"))
+        if not isinstance(given, list):
+            raise ValueError("no `prompt_logprobs` came back")
+        texts: list[str] = []
+        numbers: list[float | None] = []
+        missing = 0
+        for place in cast("list[object]", given):
+            entry = mapping(next(iter(mapping(place).values()), None))
+            if not entry:
+                # The first token has none, and so no text either; its text is what is left in front.
+                missing += 1
+                texts.append("")
+                numbers.append(None)
+                continue
+            texts.append(str(entry.get("decoded_token") or ""))
+            numbers.append(finite(entry.get("logprob")))
+        asked = prompt_tokens(body)
+        if missing > 1 or (asked is not None and len(texts) != asked):
+            raise ValueError("not one log-probability for each token of the prompt")
+        if missing:
+            rest = "".join(texts)
+            text = context + continuation
+            texts[0] = text[: len(text) - len(rest)] if rest and text.endswith(rest) else texts[0]
+        return continuation_of(context, continuation, texts, numbers), body
+
+    async def _complete(self, prompt: str | list[str | int], **parameters: Any) -> dict[str, Any]:
+        body = {"model": self._model, "prompt": prompt, "temperature": 0, **parameters}
+        return await self._post("/completions", body)
+
+    # -- HTTP
+
+    @property
+    def _who(self) -> str:
+        return f'upstream "{self.name}"'
+
+    def _broken(self, what: str) -> UpstreamBroken:
+        return UpstreamBroken(f"{self._who} {what}")
+
+    async def _post(self, route: str, body: Mapping[str, Any], *, at_root: bool = False) -> dict[str, Any]:
+        async with self._request(route, body, at_root=at_root) as response:
+            data = await self._read(response)
+            answer = self._json(data, response)
+        return answer
+
+    @asynccontextmanager
+    async def _request(
+        self, route: str, body: Mapping[str, Any], *, at_root: bool = False
+    ) -> AsyncGenerator[aiohttp.ClientResponse]:
+        """A response of status 200; anything else is raised. Leaving before its end closes the connection."""
+        if self._session is None:
+            raise RuntimeError(f"{self._who} is not open")
+        response = await self._sent(self._session, _url(self._base, route, at_root=at_root), orjson.dumps(body))
+        try:
+            if response.status != 200:
+                raise await self._refused(response, route)
+            yield response
+        finally:
+            # To the pool where all was read, else closed: the server sees us leave.
+            response.release()
+
+    async def _sent(self, session: aiohttp.ClientSession, url: str, data: bytes) -> aiohttp.ClientResponse:
+        """Send, and wait for the head of the response.
+
+        A server may close an idle connection at the moment that we send on it (llama.cpp's does so after each stream).
+        What was sent there was not read, so it is sent again, on another connection; on a fresh one it is not.
+        """
+        for left in (2, 1, 0):
+            sending = _Sending()
+            try:
+                return await session.post(
+                    url, data=data, headers=self._headers, allow_redirects=False, trace_request_ctx=sending
+                )
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
+                if not (left and sending.reused):
+                    raise self._unreached(error) from error
+            except (aiohttp.ClientError, OSError) as error:
+                raise self._unreached(error) from error
+        raise AssertionError("the last round returns or raises")
+
+    async def _bytes(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+        try:
+            async for chunk in response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamBroken(
+                f"{self._who}: {self.address} broke the connection off in the middle of its answer", code=_CUT
+            ) from error
+
+    def _unreached(self, error: Exception) -> UpstreamError:
+        if isinstance(error, TimeoutError):
+            return UpstreamTimeout(
+                f"{self._who}: no connection to {self.address} within {self._connect_timeout:g} s; is it up, and is "
+                f"upstreams.{self.name}.base_url right?"
+            )
+        if isinstance(error, aiohttp.InvalidURL):
+            return UpstreamUnreachable(f"upstreams.{self.name}.base_url is no address that can be asked")
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            why, check = "no such host", "the host's name"
+        elif isinstance(error, (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError)):
+            why, check = f"TLS failed ({scrubbed(str(error), self._secrets)[:200]})", "the certificate and the scheme"
+        elif isinstance(error, (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)):
+            why, check = "the proxy of the environment does not connect", "HTTPS_PROXY and NO_PROXY"
+        elif isinstance(error, aiohttp.ClientConnectorError):
+            why, check = (error.os_error.strerror or "not connected"), "that the server is up and the port right"
+        elif isinstance(error, aiohttp.ClientResponseError):
+            why, check = "it does not answer in HTTP", "that the address is an HTTP server's"
+        else:
+            why, check = "the connection was closed before an answer", "that the server has not stopped"
+        return UpstreamUnreachable(
+            f"{self._who}: {self.address} is not reached: {why}; check {check} (upstreams.{self.name}.base_url)"
+        )
+
+    async def _refused(self, response: aiohttp.ClientResponse, route: str) -> UpstreamError:
+        data = await self._read(response)
+        if 300 <= response.status < 400:
+            place = urlsplit(response.headers.get("location", ""))
+            return UpstreamError(
+                f"{self._who} redirects to {_address(place) if place.netloc else 'another path'}; "
+                f"set upstreams.{self.name}.base_url to where it leads"
+            )
+        refusal = refusal_of(response.status, self._object(data), response.headers, time.time())
+        return self._error(refusal, f" {route}")
+
+    def _error(self, refusal: Refusal, where: str = "") -> UpstreamError:
+        return error_of(
+            refusal,
+            who=self._who,
+            key_setting=f"upstreams.{self.name}.api_key",
+            model=self._model,
+            where=where,
+            secrets=self._secrets,
+        )
+
+    def _look_for_error(self, body: Mapping[str, Any]) -> None:
+        if (refusal := embedded_error(body)) is not None:
+            raise self._error(refusal)
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        data = bytearray()
+        async with aclosing(self._bytes(response)) as chunks:
+            async for chunk in chunks:
+                data += chunk
+                if len(data) > BODY_LIMIT:
+                    raise self._broken(f"sent more than {BODY_LIMIT >> 20} MiB for one answer")
+        return bytes(data)
+
+    def _json(self, data: bytes, response: aiohttp.ClientResponse) -> dict[str, Any]:
+        body = self._object(data)
+        if body is None:
+            raise self._broken(
+                f"sent {response.content_type} that is no JSON object (HTTP 200); does "
+                f"upstreams.{self.name}.base_url end where the API begins, as in .../v1?"
+            )
+        self._look_for_error(body)
+        return body
+
+    @staticmethod
+    def _object(data: bytes) -> dict[str, Any] | None:
+        try:
+            body: Any = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return None
+        return cast("dict[str, Any]", body) if isinstance(body, dict) else None
+
+
+_Measured: TypeAlias = tuple[Sequence[TokenLogprob], Mapping[str, Any]]
+_Way: TypeAlias = Callable[[str, str], Awaitable[_Measured]]
+
+
+@dataclass(slots=True)
+class _Sending:
+    """One request on its way."""
+
+    reused: bool = False
+    """Whether it went out on a connection that had been used before."""
+
+
+def _noting_reuse() -> aiohttp.TraceConfig:
+    async def reused(_: aiohttp.ClientSession, context: Any, __: object) -> None:
+        if isinstance(context.trace_request_ctx, _Sending):
+            context.trace_request_ctx.reused = True
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(reused)
+    return trace
+
+
+class _Unreadable(ValueError):
+    """The stream is none: apart from what `emit` may raise, which is not the upstream's doing."""
+
+
+class Events:
+    """The `data` of server-sent events (HTML standard, 9.2.6), out of bytes that may be cut anywhere.
+
+    Lines end by CRLF, LF or CR; comments and other fields are passed over, as no reply depends on them. Works on bytes,
+    so a character cut in two is whole again before it is read. `limit`, in bytes, bounds an event; beyond it
+    _Unreadable is raised, a ValueError.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._parts: list[bytes] = []
+        """The beginning of a line whose end has not come."""
+        self._data: list[bytes] = []
+        self._size = 0
+        self._begun = False
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The events that the chunk completes."""
+        self._size += len(chunk)
+        if b"\n" not in chunk and b"\r" not in chunk and not (self._parts and self._parts[-1].endswith(b"\r")):
+            self._parts.append(chunk)
+            self._check()
+            return []
+        text = b"".join([*self._parts, chunk])
+        held = b""
+        if b"\r" in text:
+            if text.endswith(b"\r"):
+                # The line feed that belongs to it may be the first byte of the next chunk.
+                text, held = text[:-1], b"\r"
+            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, rest = text.split(b"\n")
+        self._parts = [part for part in (rest, held) if part]
+        events = [event for line in lines if (event := self._line(line)) is not None]
+        self._size = len(rest) + len(held) + sum(map(len, self._data))
+        self._check()
+        return events
+
+    def end(self) -> list[bytes]:
+        """What the end of the bytes completes: some servers leave out the last blank line."""
+        text = b"".join(self._parts).removesuffix(b"\r")
+        self._parts = []
+        events = [event for line in (text, b"") if (event := self._line(line)) is not None]
+        self._size = 0
+        return events
+
+    def _line(self, line: bytes) -> bytes | None:
+        if not self._begun:
+            self._begun = True
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line:
+            event = b"\n".join(self._data) if self._data else None
+            self._data = []
+            return event
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._data.append(value.removeprefix(b" "))
+        return None
+
+    def _check(self) -> None:
+        if self._size > self._limit:
+            raise _Unreadable(f"an event of more than {self._limit} bytes")
+
+
+async def _once(data: bytes) -> AsyncGenerator[bytes]:
+    yield data
+
+
+async def _drain(response: aiohttp.ClientResponse) -> None:
+    """Take in the end of the body, which is on its way, so that the connection can be used again."""
+    if response.content.at_eof():
+        return
+    with suppress(TimeoutError, aiohttp.ClientError, OSError):
+        # A server that keeps the connection open after its last word only costs us that connection.
+        async with asyncio.timeout(0.1):
+            async for _ in response.content.iter_any():
+                pass
+
+
+def _provable(ask: Callable[_P, Awaitable[_T]]) -> Callable[_P, Awaitable[_T]]:
+    """A refusal, a missing route or a strange answer says that it cannot be done, which `proven` wants as ValueError.
+
+    That nothing came back says nothing, and stays an error.
+    """
+
+    async def asked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return await ask(*args, **kwargs)
+        except UpstreamError as error:
+            if isinstance(error, UpstreamRejected) or error.code in _SAYS_NO:
+                raise ValueError(str(error)) from error
+            raise
+
+    return asked
+
+
+def _logprobs(way: _Way) -> Callable[[str, str], Awaitable[Sequence[TokenLogprob]]]:
+    async def measure(context: str, continuation: str) -> Sequence[TokenLogprob]:
+        return (await way(context, continuation))[0]
+
+    return measure
+
+
+# --- addresses and keys ---------------------------------------------------------------------------------------------
+
+
+def _split(name: str, base_url: str) -> SplitResult:
+    setting = f"upstreams.{name}.base_url"
+    try:
+        base = urlsplit(base_url.strip())
+        right = base.scheme in ("http", "https") and bool(base.hostname) and base.port != 0
+    except ValueError:
+        raise ConfigurationError(f"{setting} is no address; write it as http://127.0.0.1:11434/v1") from None
+    if not right:
+        raise ConfigurationError(f"{setting} is no address of http or https; write it as http://127.0.0.1:11434/v1")
+    for route in _ROUTES.values():
+        if base.path.rstrip("/").endswith(route):
+            raise ConfigurationError(f"{setting} ends in {route}; leave that off, it is added for each kind of call")
+    return base
+
+
+def _url(base: SplitResult, route: str, *, at_root: bool = False) -> str:
+    path = base.path.rstrip("/")
+    if at_root:
+        path = path.removesuffix("/v1")
+    return urlunsplit((base.scheme, base.netloc, path + route, base.query, ""))
+
+
+def _address(base: SplitResult) -> str:
+    """Scheme, host and port; never the user and password that a URL may hold."""
+    host = base.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    port = "" if base.port in (None, {"http": 80, "https": 443}.get(base.scheme)) else f":{base.port}"
+    return f"{base.scheme}://{host}{port}"
+
+
+def _normal(base: SplitResult) -> str:
+    return _address(base) + base.path.rstrip("/")
+
+
+def _proxy_of(base: SplitResult) -> tuple[str | None, aiohttp.BasicAuth | None]:
+    """The proxy that the environment names for the address (HTTPS_PROXY, NO_PROXY and the like), and its password.
+
+    Read here and not by aiohttp, whose reading of the environment takes ~/.netrc in too, which collides with our key.
+    A proxy is for the way out, so an address on this machine has none.
+    """
+    host = base.hostname or ""
+    if host in ("localhost", "::1") or host.startswith("127.") or proxy_bypass(host):
+        return None, None
+    proxies = getproxies()
+    found = urlsplit(proxies.get(base.scheme) or proxies.get("all") or "")
+    if found.scheme not in ("http", "https") or not found.hostname:
+        return None, None
+    auth = aiohttp.BasicAuth(unquote(found.username), unquote(found.password or "")) if found.username else None
+    return _address(found), auth
+
+
+def _checked_key(name: str, api_key: str | None) -> str:
+    key = (api_key or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(f"upstreams.{name}.api_key holds characters that no HTTP header can carry")
+    return key
+
+
+def _secrets_of(key: str, headers: Mapping[str, str], base: SplitResult) -> tuple[str, ...]:
+    """What no message may show. A header's value that is short is a version or a flag, not a key."""
+    return tuple(secret for secret in (key, base.password, *(v for v in headers.values() if len(v) >= 8)) if secret)
