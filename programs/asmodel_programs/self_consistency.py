@@ -36,7 +36,8 @@ def normalised(answer: str) -> str:
     """Answers that differ only in case, articles, commas in numbers and punctuation are one answer."""
     words = re.sub(r"(?<=\d),(?=\d{3})", "", answer.lower())
     words = re.sub(r"\.0+\b|[^\w\s.%-]|\.(?!\d)", "", words)
-    return " ".join(word for word in words.split() if word not in ("a", "an", "the"))
+    kept = [word for word in words.split() if word not in ("a", "an", "the")]
+    return " ".join(kept or words.split())  # "A" may be the answer
 
 
 @step(model="writer", returns=final_answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -85,7 +85,7 @@ class Budget:
         self.calls += 1
 
     @contextmanager
-    def asking(self) -> Iterator[None]:
+    def asking(self) -> Generator[None, None, None]:
         """Around a call to an upstream, its retries and its time in the queue."""
         if self._asking == 0:
             self._since = time.monotonic()

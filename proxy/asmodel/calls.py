@@ -57,7 +57,7 @@ class Message:
             return ""
         if isinstance(self.content, str):
             return self.content
-        return "\n".join(str(part["text"]) for part in self.content if part.get("type") == "text")
+        return "\n".join(str(part.get("text", "")) for part in self.content if part.get("type") == "text")
 
     def wire(self) -> dict[str, Any]:
         """The message as OpenAI's JSON."""

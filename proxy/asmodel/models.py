@@ -167,8 +167,8 @@ class Models:
             assert isinstance(outer, ServedProgram)
             return replace(outer, name=name, everyone=self.find(rest, within=(*within, name)))
         known = dict.fromkeys((*self.programs, *self.presets, *self.upstreams))
-        part = f', which is part of "{within[0]}"' if within else ""
-        raise ModelNotFound(self._unknown(name, known, "model") + part, param="model")
+        whole = f'"{within[0]}": ' if within else ""
+        raise ModelNotFound(whole + self._unknown(name, known, "model"), param="model")
 
     def all(self) -> list[Model]:
         """Programs, presets and upstreams; compositions are too many to list."""

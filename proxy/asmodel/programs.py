@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import re
@@ -157,12 +158,18 @@ class Program(Generic[ParamsT, Out]):
         return tuple(found for found in reachable(self.function) if isinstance(found, Program))
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Every name in the code, and in the code of the lambdas, comprehensions and functions inside it."""
-    yield from code.co_names
+def _code(code: CodeType) -> Iterator[CodeType]:
+    """The code, and that of the lambdas, comprehensions and functions inside it."""
+    yield code
     for constant in code.co_consts:
         if inspect.iscode(constant):
-            yield from _names(constant)
+            yield from _code(constant)
+
+
+def _variables(code: CodeType) -> set[str]:
+    """The global variables that the code reads; `co_names` alone holds the names of attributes too."""
+    read = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return {name for name in read if isinstance(name, str)}
 
 
 def reachable(function: Callable[..., Any]) -> Iterator[Step[..., Any, Any] | Program[Any, Any]]:
@@ -186,8 +193,10 @@ def reachable(function: Callable[..., Any]) -> Iterator[Step[..., Any, Any] | Pr
             yield from named(value)
 
     def named(function: Callable[..., Any]) -> Iterator[Step[..., Any, Any] | Program[Any, Any]]:
-        names = set(_names(function.__code__))
-        variables = {name: function.__globals__[name] for name in names if name in function.__globals__}
+        codes = list(_code(function.__code__))
+        names = {name for code in codes for name in code.co_names}
+        read = {name for code in codes for name in _variables(code)}
+        variables = {name: function.__globals__[name] for name in read if name in function.__globals__}
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with suppress(ValueError):  # A variable that has no value yet.
                 variables[name] = cell.cell_contents

@@ -41,7 +41,15 @@ from asmodel.calls import (
     canonical,
     describe,
 )
-from asmodel.errors import AsmodelError, DeadlineExceeded, LimitExceeded, ProgramError, StepError, Unsupported
+from asmodel.errors import (
+    AsmodelError,
+    DeadlineExceeded,
+    InvalidRequest,
+    LimitExceeded,
+    ProgramError,
+    StepError,
+    Unsupported,
+)
 from asmodel.programs import Answer, Out, ParamsT, Program
 from asmodel.progress import Progress
 from asmodel.protocols import Cache, Counting, Detecting, Upstream
@@ -342,7 +350,8 @@ class Run(Generic[ParamsT]):
 
     def _remember(self, step: Step[..., Any, Any]) -> None:
         for tool in step.options.get("tools", ()):
-            self._tools[tool.name] = tool
+            if self._tools.setdefault(tool.name, tool) is not tool:
+                raise ProgramError(f'program "{self.program.name}" has two tools named "{tool.name}"; rename one')
 
     def _call(self, step: Step[..., Any, Any], args: Any, kwargs: Any) -> Call:
         try:
@@ -479,12 +488,17 @@ class Run(Generic[ParamsT]):
         asked = hashlib.sha256(canonical([program.name, [m.wire() for m in told], program.given])).digest()
         self._draws[asked] += 1
         path = f"{self._path}/{program.name}.{asked.hex()[:8]}.{self._draws[asked] - 1}"
+        try:
+            params = program.read_params({})
+        except InvalidRequest as error:
+            # The client has not sent them, and could not put them right.
+            raise ProgramError(f'program "{self.program.name}" runs another with wrong parameters: {error}') from None
         inner: Run[Any] = Run(
             program,
             request,
             id=self.id,
             cast=self._cast.nested(program),
-            params=program.read_params({}),
+            params=params,
             path=path,
             budget=self.budget,
             progress=self._progress,
@@ -656,7 +670,7 @@ def _needs(step: Step[..., Any, Any]) -> list[tuple[str, _Can]]:
     if step.kind == "score":
         return [("give the log-likelihood of given text", lambda can: can.loglikelihood)]
     shows = inspect.get_annotations(step.show).get("return")
-    if shows in (Prompt, Prompt.__name__):
+    if shows is Prompt or (isinstance(shows, str) and shows.rpartition(".")[2] == Prompt.__name__):
         return [("continue raw text", lambda can: can.completion)]
     needs: list[tuple[str, _Can]] = [("chat", lambda can: can.chat)]
     if step.shape is not None:

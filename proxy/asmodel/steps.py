@@ -49,7 +49,8 @@ Shown: TypeAlias = str | Sequence[Message] | Prompt
 """What a step may return: one user message, a conversation, or raw text."""
 
 P = ParamSpec("P")
-S = TypeVar("S", bound="str | Sequence[Message] | Prompt", covariant=True)
+Text = TypeVar("Text", bound="str | Sequence[Message] | Prompt")
+S = TypeVar("S", bound="str | Sequence[Message] | Prompt | tuple[str, str]", covariant=True)
 T = TypeVar("T")
 R = TypeVar("R", covariant=True)
 
@@ -137,11 +138,6 @@ class Step(Generic[P, S, R]):
     @property
     def asks(self) -> int:
         return max(1, self.options.get("asks", 3))
-
-    @property
-    def sampled(self) -> bool:
-        """Whether equal calls may have different answers: anything but a score or temperature 0."""
-        return self.kind == "ask" and self.options.get("temperature") != 0
 
     @cached_property
     def params(self) -> dict[str, JSON]:
@@ -240,19 +236,19 @@ def _reader(returns: Any) -> tuple[Callable[[Reply], Any], Shape | None]:
 
 
 @overload
-def step(function: Callable[P, S], /) -> Step[P, S, str]: ...
+def step(function: Callable[P, Text], /) -> Step[P, Text, str]: ...
 @overload
 def step(
     *, model: str = "default", returns: type[T], name: str | None = None, **options: Unpack[Options]
-) -> Callable[[Callable[P, S]], Step[P, S, T]]: ...
+) -> Callable[[Callable[P, Text]], Step[P, Text, T]]: ...
 @overload
 def step(
     *, model: str = "default", returns: Callable[[str], T], name: str | None = None, **options: Unpack[Options]
-) -> Callable[[Callable[P, S]], Step[P, S, T]]: ...
+) -> Callable[[Callable[P, Text]], Step[P, Text, T]]: ...
 @overload
 def step(
     *, model: str = "default", name: str | None = None, **options: Unpack[Options]
-) -> Callable[[Callable[P, S]], Step[P, S, str]]: ...
+) -> Callable[[Callable[P, Text]], Step[P, Text, str]]: ...
 def step(
     function: Callable[..., Any] | None = None,
     /,
@@ -277,11 +273,11 @@ def step(
 
 
 @overload
-def score(function: Callable[P, tuple[str, str]], /) -> Step[P, Any, LogLikelihood]: ...
+def score(function: Callable[P, tuple[str, str]], /) -> Step[P, tuple[str, str], LogLikelihood]: ...
 @overload
 def score(
     *, model: str = "default", name: str | None = None, cache: bool = True, ttl: float | None = None
-) -> Callable[[Callable[P, tuple[str, str]]], Step[P, Any, LogLikelihood]]: ...
+) -> Callable[[Callable[P, tuple[str, str]]], Step[P, tuple[str, str], LogLikelihood]]: ...
 def score(
     function: Callable[..., Any] | None = None,
     /,

@@ -18,7 +18,7 @@ import random
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -116,6 +116,23 @@ class _Lookup:
     landed: int = 0
 
 
+class Flights:
+    """The purchases that are under way, and who is looking one up. Upstreams of one identity should share them."""
+
+    def __init__(self) -> None:
+        self.flying: dict[str, _Flight] = {}
+        self.lookups: dict[str, _Lookup] = {}
+
+    def landed(self, flight: _Flight) -> None:
+        """It can be joined no more."""
+        if flight.key is None or self.flying.get(flight.key) is not flight:
+            return
+        del self.flying[flight.key]
+        lookup = self.lookups.get(flight.key)
+        if lookup is not None:
+            lookup.landed += 1
+
+
 class Cached(_Layer):
     """At most one answer is bought for a key: stored replies first, then a call in flight, then the next layer.
 
@@ -123,30 +140,30 @@ class Cached(_Layer):
     and unreadable replies never are. A flight ends early when its last waiter has left.
     """
 
-    def __init__(self, inner: Upstream, cache: Cache | None, flights: dict[str, _Flight] | None = None) -> None:
+    def __init__(self, inner: Upstream, cache: Cache | None, flights: Flights | None = None) -> None:
         super().__init__(inner)
         self._cache = cache
-        self._flights: dict[str, _Flight] = {} if flights is None else flights
-        self._lookups: dict[str, _Lookup] = {}
+        self._flights = flights or Flights()
 
     async def send(self, call: Call, terms: Terms) -> Reply:
         if terms.cache.mode == "off":
             return await self._bounded(self._lead(None, call, terms), terms)
         k = key(call, terms.scope)
-        flight = self._flights.get(k)
+        flight = self._flights.flying.get(k)
         if flight is None and terms.cache.mode in ("on", "only"):
             hit = await self._look_up(k, terms)
             if hit is not None:
                 if terms.emit is not None:
                     await replay(hit, terms.emit)
                 return hit
-            flight = self._flights.get(k)
+            flight = self._flights.flying.get(k)
             if flight is None and terms.cache.mode == "only":
                 raise NotCached(f'step "{terms.step}" is not in the cache, and only cached answers were asked for')
         if flight is not None:
             flight.accepts.append(terms)
             came = time.monotonic()
-            reply = await self._bounded(self._wait(flight, terms), terms)
+            with _asking(terms):
+                reply = await self._bounded(self._wait(flight, terms), terms)
             tracing.record_wait(trace.get_current_span(), "cache.flight", time.monotonic() - came)
             return reply.named("joined")
         return await self._bounded(self._lead(k, call, terms), terms)
@@ -160,7 +177,7 @@ class Cached(_Layer):
         _admit(terms)
         flight = _Flight(k, accepts=[terms])
         if k is not None:
-            self._flights[k] = flight
+            self._flights.flying[k] = flight
         inner = replace(terms, emit=flight.add if terms.emit else None, deadline=None, accept=None)
         flight.task = asyncio.get_running_loop().create_task(self._fly(flight, call, inner))
         flight.task.add_done_callback(flight.landed)
@@ -180,18 +197,18 @@ class Cached(_Layer):
 
     async def _look_up(self, k: str, terms: Terms) -> Reply | None:
         """What is stored. Looked up again where a purchase landed meanwhile, which the look may just have missed."""
-        lookup = self._lookups.setdefault(k, _Lookup())
+        lookup = self._flights.lookups.setdefault(k, _Lookup())
         lookup.readers += 1
         try:
             while True:
                 landed = lookup.landed
                 hit = await self._stored(k, terms)
-                if hit is not None or k in self._flights or landed == lookup.landed:
+                if hit is not None or k in self._flights.flying or landed == lookup.landed:
                     return hit
         finally:
             lookup.readers -= 1
             if not lookup.readers:
-                del self._lookups[k]
+                del self._flights.lookups[k]
 
     async def _stored(self, k: str, terms: Terms) -> Reply | None:
         if self._cache is None:
@@ -217,7 +234,7 @@ class Cached(_Layer):
                 await self._store(flight.key, reply, flight.accepts)
             return reply
         finally:
-            self._forget(flight)
+            self._flights.landed(flight)
 
     async def _store(self, k: str, reply: Reply, readers: Sequence[Terms]) -> None:
         reader = next((terms for terms in readers if _accepted(reply, terms)), None)
@@ -232,14 +249,6 @@ class Cached(_Layer):
         except Exception as error:
             # It has been paid for: better an answer that is not kept than none.
             log.warning("a reply of %s/%s could not be stored: %s", reader.program, reader.step, type(error).__name__)
-
-    def _forget(self, flight: _Flight) -> None:
-        if flight.key is None or self._flights.get(flight.key) is not flight:
-            return
-        del self._flights[flight.key]
-        lookup = self._lookups.get(flight.key)
-        if lookup is not None:
-            lookup.landed += 1
 
     async def _wait(self, flight: _Flight, terms: Terms) -> Reply:
         assert flight.task is not None
@@ -270,7 +279,7 @@ class Cached(_Layer):
             if flight.waiters == 0 and not flight.task.done() and not flight.arrived:
                 flight.task.cancel()
                 # Nor may it be joined by somebody who comes before it has ended.
-                self._forget(flight)
+                self._flights.landed(flight)
 
 
 def _seen(task: asyncio.Task[Reply]) -> None:
@@ -282,6 +291,10 @@ def _seen(task: asyncio.Task[Reply]) -> None:
 def _being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _asking(terms: Terms) -> AbstractContextManager[None]:
+    return nullcontext() if terms.budget is None else terms.budget.asking()
 
 
 def _admit(terms: Terms) -> None:
@@ -410,7 +423,7 @@ class Metered(_Layer):
             address=self._address,
             stream=stream,
         ) as span:
-            with terms.budget.asking() if terms.budget is not None else nullcontext():
+            with _asking(terms):
                 reply = await self._inner.send(call, replace(terms, emit=watch.emit if stream else None))
             seconds = time.monotonic() - clock
             reply = replace(
@@ -565,6 +578,9 @@ class Timed(_Layer):
         except TimeoutError:
             if not scope.expired():
                 raise
-            what, seconds = ("begun", self._first_byte) if emit and not started else ("finished", self._total)
+            if emit and not started:
+                what, seconds = "begun", min(self._first_byte, self._total)
+            else:
+                what, seconds = "finished", self._total
             error = UpstreamTimeout(f'upstream "{self._name}" has not {what} to answer within {seconds:g} s')
             raise error from None
