@@ -10,7 +10,7 @@ def conversation(messages: Sequence[Message]) -> Sequence[Message]:
     return messages
 
 
-@program("plain", supports=["tools", "response_format", "logprobs", "audio"])
+@program("plain", supports=["tools", "response_format", "logprobs", "images", "audio"])
 async def plain(run: Run) -> str:
     """Pass the conversation on, with every parameter, and the answer back."""
     return await run.reply(conversation, run.messages)

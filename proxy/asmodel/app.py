@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -21,7 +21,7 @@ from starlette.routing import Route
 from asmodel import tracing
 from asmodel.access import Access
 from asmodel.chat import ChatCompletions
-from asmodel.errors import ConfigurationError, InvalidRequest
+from asmodel.errors import AsmodelError, ConfigurationError, InvalidRequest
 from asmodel.exchange import Enveloped
 from asmodel.folders import load_folders
 from asmodel.models import Models, Preset, ServedProgram
@@ -31,7 +31,10 @@ from asmodel.protocols import Cache, Openable, Upstream
 from asmodel.routes import ModelList, Probe, alive, not_there, readiness
 from asmodel.service import Service
 from asmodel.settings import CacheSettings, Settings, UpstreamSettings
-from asmodel.upstreams import Cached, Limited, Metered, Price, Retried, Routed, Timed
+from asmodel.upstreams import Cached, Flights, Limited, Metered, Price, Retried, Routed, Timed
+
+if TYPE_CHECKING:
+    from asmodel.trace_export import Tracing
 
 log = logging.getLogger("asmodel")
 
@@ -51,17 +54,25 @@ class Parts:
     providers: Mapping[str, Upstream]
     """The plug-ins themselves, by upstream."""
 
-    def _openable(self) -> list[Openable]:
-        things: list[object] = [self.store, *self.providers.values()]
-        return [thing for thing in things if isinstance(thing, Openable)]
+    async def open_store(self) -> None:
+        """Open the cache, which takes milliseconds and must be there before anything is answered."""
+        store: object = self.store
+        if isinstance(store, Openable):
+            await store.open()
 
-    async def open(self) -> None:
-        """Open the store and every upstream, side by side; then the service answers."""
-        await asyncio.gather(*(thing.open() for thing in self._openable()))
+    async def open_upstreams(self) -> None:
+        """Open every upstream, side by side, which may take seconds; then the service answers."""
+        await asyncio.gather(*(p.open() for p in self.providers.values() if isinstance(p, Openable)))
         self.service.ready.set()
 
+    async def open(self) -> None:
+        await self.open_store()
+        await self.open_upstreams()
+
     async def close(self) -> None:
-        for failed in await asyncio.gather(*(t.close() for t in self._openable()), return_exceptions=True):
+        things: list[object] = [*self.providers.values(), self.store]
+        closing = [thing.close() for thing in things if isinstance(thing, Openable)]
+        for failed in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(failed, BaseException):
                 log.warning("while closing: %s", type(failed).__name__)
 
@@ -72,7 +83,7 @@ def all_programs(folders: Sequence[Path]) -> list[Program[Any, Any]]:
     for name in names("programs"):
         found = resolve("programs", name)
         if isinstance(found, Program):
-            programs.append(found)
+            programs.append(found)  # pyright: ignore[reportUnknownArgumentType]  # of any parameters
         elif hasattr(found, "__dict__"):
             programs += programs_in(cast("Any", found))
     modules = load_folders(folders)
@@ -116,7 +127,7 @@ def onion(
         price = None if p is None else Price(input=p.input, output=p.output, cached_input=p.cached_input)
         called[name] = Metered(retried, name=name, provider=provider, model=model, address=address, price=price)
     # One book of what is in flight: two names of one model buy one answer.
-    flights: dict[str, Any] = {}
+    flights = Flights()
     return {
         name: Cached(Routed([called[name], *(called[equal] for equal in s.equals)]), store, flights)
         for name, s in settings.items()
@@ -164,37 +175,64 @@ def build(settings: Settings) -> Parts:
 
 
 def create_app(
-    settings: Settings, *, parts: Parts | None = None, on_failure: Callable[[BaseException], None] | None = None
+    settings: Settings,
+    *,
+    parts: Parts | None = None,
+    on_open: Callable[[], None] | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
 ) -> Starlette:
-    """The ASGI application. Its lifespan opens what the settings name and closes it; `on_failure` hears of what cannot
-    be opened, after which the server should end.
+    """The ASGI application. Its lifespan opens what the settings name and closes it.
+
+    `on_open` is called when connections may come; `on_failure` with what cannot be opened, after which nothing is
+    answered and the server should end. Without it, the log says so.
     """
     parts = parts or build(settings)
     service = parts.service
 
+    def failed(error: BaseException) -> None:
+        # Whoever waits for the service to be ready is told now that it will not be.
+        service.draining = True
+        service.ready.set()
+        if not isinstance(error, AsmodelError):
+            log.error(
+                "%s", type(error).__name__, exc_info=error
+            )  # A fault of ours: whoever reports it needs all of it.
+        if on_failure is not None:
+            on_failure(error)
+        else:
+            log.error("cannot serve: %s", error)
+
+    def opened(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failed(error)
+
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        traces = tracing.configure(local=settings.traces.path if settings.traces.local else None)
-        opening = asyncio.create_task(parts.open())
-
-        def opened(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.error("cannot serve: %s", error)
-                if on_failure is not None:
-                    on_failure(error)
-
-        opening.add_done_callback(opened)
+    async def lifespan(app: Starlette) -> AsyncGenerator[None]:
+        traces: Tracing | None = None
+        opening: asyncio.Task[None] | None = None
+        try:
+            traces = tracing.configure(local=settings.traces.path if settings.traces.local else None)
+            await parts.open_store()
+        except Exception as error:
+            failed(error)
+        else:
+            opening = asyncio.create_task(parts.open_upstreams())
+            opening.add_done_callback(opened)
+            if on_open is not None:
+                on_open()
         try:
             yield
         finally:
             service.draining = True
-            opening.cancel()
-            await asyncio.gather(opening, return_exceptions=True)
+            if opening is not None:
+                opening.cancel()
+                await asyncio.gather(opening, return_exceptions=True)
             # Requests that were cut off are cancelled already, and are ending.
             await service.idle(ENDING)
             await parts.close()
             # After the runs have ended: a span that ends later would not be exported.
-            await asyncio.to_thread(traces.shutdown)
+            if traces is not None:
+                await asyncio.to_thread(traces.shutdown)
 
     limits = settings.limits
     chat = ChatCompletions(

@@ -115,10 +115,13 @@ def _line(job: Job) -> str:
     seconds = time.monotonic() - job.started
     cost = "" if not b.cost else f" · ${b.cost:.4f}"
     ours = max(0.0, seconds - b.upstream_seconds) * 1000
-    return (
-        f"{b.steps} steps · {b.hits} cached · {b.calls} calls · {b.usage.total_tokens} tokens{cost} · "
-        f"{seconds:.2f} s, {ours:.0f} ms of it ours · asmodel trace {job.id}"
-    )
+    tokens = b.usage.total_tokens
+    counts = (_counted(b.steps, "step"), f"{b.hits} cached", _counted(b.calls, "call"), _counted(tokens, "token"))
+    return f"{' · '.join(counts)}{cost} · {seconds:.2f} s, {ours:.0f} ms of it ours · asmodel trace {job.id}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _json(job: Job, outcome: Outcome) -> dict[str, Any]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from asmodel.errors import AsmodelError, ConfigurationError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from asmodel.app import Parts
+    from asmodel.probing import Probed
     from asmodel.settings import Settings
 
 T = TypeVar("T")
@@ -64,12 +65,6 @@ def main() -> None:
     """
 
 
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
-
-
 def _settings(config: Path | None, folders: tuple[Path, ...], **flags: Any) -> Settings:
     from asmodel.settings import load
 
@@ -79,9 +74,9 @@ def _settings(config: Path | None, folders: tuple[Path, ...], **flags: Any) -> S
     return load(config, given)
 
 
-@main.command()
+@main.command(short_help="Answer OpenAI's API on http://127.0.0.1:8000/v1.")
 @_config
-@click.option("--host", help="Address to listen at; 127.0.0.1 unless set.  Others need [keys].")
+@click.option("--host", help="Address to listen at; 127.0.0.1 unless set. Others need [keys].")
 @click.option("--port", type=int, help="Port to listen at; 8000 unless set. 0 takes a free one.")
 @click.option("--workers", type=int, help="Processes that answer; 1 unless set.")
 @click.option("--reload", is_flag=True, help="Start again when a program file or the settings change.")
@@ -101,7 +96,7 @@ def serve(
     from asmodel.server import serve as run
 
     settings = _settings(config, folders, host=host, port=port, workers=workers)
-    run(settings, config=config, reload=reload, console=_console(stderr=True))
+    run(settings, config=config, reload=reload)
 
 
 @main.command()
@@ -110,9 +105,13 @@ def serve(
 @_config
 @click.option("--param", "params", multiple=True, metavar="K=V", help="A parameter; V is JSON, or else text.")
 @click.option(
-    "--params", "params_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON file."
+    "--params",
+    "params_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="JSON file of parameters.",
 )
-@click.option("--upstream", help="Who plays every role.")
+@click.option("--upstream", metavar="NAME", help="Who plays every role; [roles] of the settings unless given.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer, its citations and the receipt as JSON.")
 def run(
     program: str,
@@ -143,13 +142,14 @@ def _params(pairs: tuple[str, ...], file: Path | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if file is not None:
         try:
-            given = json.loads(file.read_text())
+            loaded: Any = json.loads(file.read_text())
         except OSError as error:
             raise ConfigurationError(f"--params {file}: {error.strerror}") from None
         except json.JSONDecodeError as error:
             raise ConfigurationError(f"{file}:{error.lineno}: is not JSON: {error.msg}") from None
-        if not isinstance(given, dict):
+        if not isinstance(loaded, dict):
             raise ConfigurationError(f'{file}: should be a JSON object of parameters, such as {{"paragraphs": ["…"]}}')
+        given = cast("dict[str, Any]", loaded)
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
@@ -161,13 +161,28 @@ def _params(pairs: tuple[str, ...], file: Path | None) -> dict[str, Any]:
     return given
 
 
-def _table(*columns: str) -> Any:
-    from rich.table import Table
+def _width() -> int:
+    """Columns of the terminal; 80 where there is none, so that what is piped reads like what is shown."""
+    return max(40, shutil.get_terminal_size((80, 24)).columns)
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+
+def _wrapped(text: str, *, first: str = "", rest: str = "") -> str:
+    """The text in lines that fit, after `first` on its first line and `rest` on the others."""
+    return textwrap.fill(
+        text,
+        _width(),
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 @main.command()
@@ -194,22 +209,21 @@ def programs(config: Path | None, folders: tuple[Path, ...], as_json: bool) -> N
         ]
         click.echo(json.dumps(rows, indent=2))
         return
-    width = max((len(p.name) for p in found), default=0) + 2
     for p in found:
+        click.echo(click.style(p.name, bold=True))
+        click.echo(_wrapped(p.description, first="    ", rest="    "))
         params = ", ".join(p.params.model_fields) if p.params else "none"
-        roles = ", ".join(sorted({s.role for s in p.steps})) or "none"
-        click.echo(f"{p.name:{width}}{p.description}")
-        click.echo(f"{'':{width}}params {params} · roles {roles} · {_short(p.file)}")
+        click.echo(_wrapped(params, first="    params  ", rest=" " * 12))
+        click.echo(
+            _wrapped(", ".join(sorted({s.role for s in p.steps})) or "none", first="    roles   ", rest=" " * 12)
+        )
+        click.echo(f"    file    {_short(p.file)}")
 
 
 def _short(file: Path | None) -> str:
     if file is None:
         return "?"
     return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else f"{file.parent.name}/{file.name}"
-
-
-def _word(value: object) -> str:
-    return "yes" if value is True else "no" if value is False else str(value)
 
 
 def _opened(settings: Settings, work: Callable[[Parts], Any]) -> Any:
@@ -243,34 +257,62 @@ def upstreams(config: Path | None, folders: tuple[Path, ...], as_json: bool) -> 
         click.echo(json.dumps([row.as_json() for row in rows], indent=2))
     else:
         for row in rows:
-            click.echo(f"{row.name} ({row.kind}): " + (row.error or f"answers, as {row.answers}"))
-            told = (f"{name} {_word(value)}" for name, value in row.can.items())
-            click.echo(f"    {' · '.join(told)}\n    identity {row.identity}")
+            _show_upstream(row)
     if any(row.error for row in rows):
         sys.exit(1)
 
 
-@main.command()
+def _show_upstream(row: Probed) -> None:
+    click.echo(f"{click.style(row.name, bold=True)} ({row.kind}) " + ("does not answer" if row.error else "answers"))
+    if row.error:
+        click.echo(_wrapped(row.error, first="    ", rest="    "))
+        return
+    told = {
+        "model": row.answers,
+        "can": ", ".join(name for name, value in row.can.items() if value is True),
+        "cannot": ", ".join(name for name, value in row.can.items() if value is False),
+        "context": f"{row.can['context']} tokens" if row.can["context"] else "of a size that it does not tell",
+        "identity": row.identity,
+    }
+    for name, value in told.items():
+        if value:
+            click.echo(_wrapped(value, first=f"    {name:10}", rest=" " * 14))
+
+
+@main.command(short_help="Check settings, programs and roles; show who plays what.")
 @_config
 def check(config: Path | None, folders: tuple[Path, ...]) -> None:
-    """Check settings, programs, names and roles, and show who plays each role. Exit code 2 where something is wrong."""
+    """Check settings, programs, names and roles, and show who plays each role.
+
+    Points out steps that show something else than their arguments: globals that change, clocks, chance. Asks no
+    upstream anything, unless one must be tried to know whether it can give log-likelihoods; `asmodel upstreams` does.
+
+    Exit code 2 where something is wrong.
+    """
     from asmodel.probing import roles
 
     settings = _settings(config, folders)
-    rows, problems = _opened(settings, roles)
-    table = _table("program", "step", "role", "played by", "")
-    for row in rows:
-        table.add_row(*row)
-    console = _console()
-    console.print(table)
-    for problem in problems:
-        console.print(f"\nasmodel: {problem}", markup=False)
-    if problems:
+    found = _opened(settings, roles)
+    rows = [("program", "step", "role", "played by", "")]
+    above = ""
+    for row in found.rows:
+        # A name stands once, above what belongs to it.
+        rows.append((row.program if row.program != above else "", row.step, row.role, row.player, row.note))
+        above = row.program
+    head, *lines = _columns(rows)
+    click.echo(click.style(head, bold=True))
+    for line in lines:
+        click.echo(line)
+    for remark in found.remarks:
+        click.echo("\n" + _wrapped(f"note: {remark}", rest="      "))
+    for problem in found.problems:
+        click.echo("\n" + _wrapped(f"asmodel: {problem}", rest="         "), err=True)
+    if found.problems:
         sys.exit(2)
-    console.print("\nAll well.")
+    click.echo("\nAll well.")
 
 
-@main.command()
+@main.command(short_help="List the last runs, or draw one of them step by step.")
 @click.argument("id", required=False)
 @_config
 @click.option("--all", "everything", is_flag=True, help="Do not fold steps that are alike.")
@@ -303,9 +345,11 @@ def trace(
     trace_view.draw_trace(found, everything=everything)
 
 
-@main.command()
+@main.command(short_help="Write a program that works, and its test.")
 @click.argument("name")
-@click.option("--programs", "folder", type=click.Path(path_type=Path), default=Path("programs"), show_default=True)
+@click.option(
+    "--programs", "folder", type=click.Path(path_type=Path), default=Path("programs"), show_default=True, help="Folder."
+)
 def new(name: str, folder: Path) -> None:
     """Write the program NAME, which works as it is, and its test, which needs no model."""
     from asmodel.template import write

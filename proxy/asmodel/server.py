@@ -19,7 +19,6 @@ from asmodel.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import uvicorn
-    from rich.console import Console
     from starlette.applications import Starlette
 
     from asmodel.app import Parts
@@ -36,9 +35,8 @@ def serve(
     *,
     config: Path | None,
     reload: bool,
-    console: Console,
 ) -> None:
-    """Serve until told to stop. Raises ConfigurationError before it listens; a later fault exits with 1."""
+    """Serve until told to stop. Raises ConfigurationError for whatever keeps it from answering at all."""
     from asmodel.app import build, create_app
     from asmodel.preparing import prepared
 
@@ -48,7 +46,6 @@ def serve(
     alone = settings.workers == 1 and not reload
     with sock, prepared(parts, shared=not alone):
         _listen(sock, settings)
-        _announce(console, settings, parts, sock)
         failures: list[BaseException] = []
         if alone:
             _set_up_log()
@@ -57,15 +54,20 @@ def serve(
                 failures.append(error)
                 server.should_exit = True
 
-            server = _server(_config(create_app(settings, parts=parts, on_failure=failed), settings), parts)
+            def opened() -> None:
+                _announce(settings, parts, sock)
+
+            app = create_app(settings, parts=parts, on_open=opened, on_failure=failed)
+            server = _server(_config(app, settings), parts)
             server.run(sockets=[sock])
         else:
+            _announce(settings, parts, sock)
             os.environ[FLAGS] = json.dumps(_flags(settings))
             if config is not None:
                 os.environ["ASMODEL_CONFIG"] = str(config)
             _supervise(settings, config, sock, reload=reload)
     if failures:
-        sys.exit(1)
+        raise ConfigurationError(f"cannot serve: {failures[0]}") from failures[0]
 
 
 def worker() -> Starlette:
@@ -95,7 +97,8 @@ STARTUP_FAILURE = 3
 """Exit code of a worker that cannot start, by which uvicorn's supervisor knows that another would fare no better."""
 
 
-def _end_worker(_: BaseException) -> None:
+def _end_worker(error: BaseException) -> None:
+    log.error("cannot serve: %s", error)
     # Nothing has been answered yet, so nothing is left to be ended in good order.
     os._exit(STARTUP_FAILURE)
 
@@ -216,7 +219,7 @@ def _supervise(settings: Settings, config: Path | None, sock: socket.socket, *, 
             sys.exit(1)
 
 
-def _announce(console: Console, settings: Settings, parts: Parts, sock: socket.socket) -> None:
+def _announce(settings: Settings, parts: Parts, sock: socket.socket) -> None:
     from asmodel import __version__
 
     host, port = sock.getsockname()[:2]
@@ -237,7 +240,7 @@ def _announce(console: Console, settings: Settings, parts: Parts, sock: socket.s
     if settings.traces.local:
         lines.append("  traces     asmodel trace")
     for line in lines:
-        console.print(line, markup=False)
+        print(line, file=sys.stderr, flush=True)
 
 
 def _set_up_log() -> None:

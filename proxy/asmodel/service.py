@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +101,7 @@ class Service:
         self._cache_upstreams = cache_upstreams
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
+    def under_way(self) -> Generator[None]:
         """Around a request, so that the server's end can wait for it."""
         self._under_way += 1
         self._idle.clear()
@@ -139,6 +139,8 @@ class Service:
                 await self.ready.wait()
         except TimeoutError:
             raise Draining("the server is still loading", code="loading", retry_after=5.0) from None
+        if self.draining:
+            raise stopping()
         limits = self._limits.tightened(asked.limits)
         if isinstance(model, ServedProgram):
             limits = limits.tightened(self._program_limits.get(model.program.name, Limits()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import sys
 from pathlib import Path
 
 from asmodel.errors import ConfigurationError
@@ -41,10 +42,10 @@ from pathlib import Path
 
 from asmodel.testing import FunctionUpstream, run_program
 
-spec = importlib.util.spec_from_file_location("{module}", Path(__file__).parent / "{file}")
+spec = importlib.util.spec_from_file_location("{module}", Path(__file__).with_name("{module}.py"))
 assert spec and spec.loader
-{module} = importlib.util.module_from_spec(spec)
-spec.loader.exec_module({module})
+written = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(written)
 
 
 def model(call):
@@ -53,7 +54,7 @@ def model(call):
 
 def test_the_haiku_is_about_the_subject_and_never_sees_the_text():
     upstream = FunctionUpstream(model)
-    answer = asyncio.run(run_program({module}.{function}, "Salt, gulls, a long grey line.", upstream=upstream))
+    answer = asyncio.run(run_program(written.{function}, "Salt, gulls, a long grey line.", upstream=upstream))
     assert answer.text == "waves fold into waves"
     shown = [call.messages[-1].text for call in upstream.calls]
     assert "the sea" in shown[1]
@@ -61,7 +62,7 @@ def test_the_haiku_is_about_the_subject_and_never_sees_the_text():
 
 
 def test_what_a_step_shows_needs_no_model_at_all():
-    assert "fog" in {module}.haiku("fog")
+    assert "fog" in written.haiku("fog")
 '''
 
 
@@ -72,9 +73,12 @@ def write(name: str, folder: Path) -> list[Path]:
             f'"{name}" cannot be a program\'s name: lower-case letters, digits and single hyphens, such as my-program'
         )
     module = name.replace("-", "_")
-    function = f"{module}_program" if keyword.iskeyword(module) or module in ("haiku", "subject") else module
     if not module.isidentifier():
         raise ConfigurationError(f'"{name}" begins with a digit, which a Python module cannot; put a letter first')
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names:
+        module += "_program"  # A file may not be called so; the program may.
+    # The names that the file uses itself, for its steps and what it imports.
+    function = f"{module}_program" if module in ("haiku", "subject", "program", "step") else module
     files = {folder / f"{module}.py": _PROGRAM, folder / f"test_{module}.py": _TEST}
     for path in files:
         if path.exists():
@@ -82,5 +86,5 @@ def write(name: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     title = name.replace("-", " ").capitalize()
     for path, text in files.items():
-        path.write_text(text.format(name=name, title=title, module=module, function=function, file=f"{module}.py"))
+        path.write_text(text.format(name=name, title=title, module=module, function=function))
     return list(files)

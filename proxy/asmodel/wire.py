@@ -237,7 +237,7 @@ def _files(part: Mapping[str, Any]) -> Iterable[Document]:
 def read_chat(body: bytes) -> ChatRequest:
     """Read a request. Raises InvalidRequest that names the parameter and never repeats what was sent."""
     try:
-        data = orjson.loads(body)
+        data: Any = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not JSON: {error.msg} at byte {error.pos}") from None
     if not isinstance(data, dict):
@@ -247,7 +247,7 @@ def read_chat(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate(data)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_input=False), data) from None
+        raise _refusal(error.errors(include_url=False, include_input=False), cast("Json", data)) from None
 
 
 def _deeper(body: Json, limit: int) -> bool:
@@ -255,7 +255,8 @@ def _deeper(body: Json, limit: int) -> bool:
     for _ in range(limit):
         inside: list[Any] = []
         for value in level:
-            inside += [v for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, (dict, list))]
+            items = cast("Json", value).values() if isinstance(value, dict) else cast("list[Any]", value)
+            inside += [item for item in items if isinstance(item, (dict, list))]
         if not inside:
             return False
         level = inside
@@ -285,7 +286,7 @@ def _place(loc: Sequence[int | str], body: object, *, missing: bool) -> Iterable
         if isinstance(here, dict) and step in here:
             here = cast("Json", here)[cast("str", step)]
         elif isinstance(here, list) and isinstance(step, int):
-            here = here[step]
+            here = here[step]  # pyright: ignore[reportUnknownVariableType]  # JSON
         elif not (missing and step is loc[-1]):
             continue
         yield str(step)
