@@ -72,8 +72,8 @@ lock: $(VENV)/installed $(VENV)/tools ## pin every dependency anew (make lock LO
 	@uv=$$(command -v uv || true); \
 	if [ -z "$$uv" ]; then $(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install uv; uv="$(PY) -m uv"; fi; \
 	set -ex; \
-	$$uv $(RESOLVE) --extra demo --group build -o requirements.lock >/dev/null; \
-	$$uv $(RESOLVE) --extra demo --group dev -c requirements.lock -o requirements-dev.lock >/dev/null
+	$$uv $(RESOLVE) --extra demo --extra redis --group build -o requirements.lock >/dev/null; \
+	$$uv $(RESOLVE) --extra demo --extra redis --group dev -c requirements.lock -o requirements-dev.lock >/dev/null
 
 clean: ## remove what tests and tools left; not .venv, nor what e2e bought (.cache)
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build

@@ -23,15 +23,20 @@ PROGRAMS = "programs/asmodel_programs"
 # The one library that each plug-in file is for, besides the core and what all may use.
 PLUGIN_LIBRARIES: dict[str, set[str]] = {
     "disk_cache.py": {"diskcache"},
+    "disk_lease.py": set(),
     "embedded_child.py": {"xllamacpp"},
     "embedded_upstream.py": {"aiohttp"},
     "embedded_weights.py": set(),
     "litellm_upstream.py": {"litellm"},
     "memory_cache.py": set(),
     "openai_upstream.py": {"aiohttp"},
+    "redis_address.py": {"redis"},
+    "redis_cache.py": set(),
+    "redis_lease.py": set(),
+    "redis_server.py": set(),
 }
 # Files that are one plug-in in several parts, and so may import each other.
-FAMILIES = ("embedded_",)
+FAMILIES = ("disk_", "embedded_", "redis_")
 # Values and their JSON, which plug-ins share with the core.
 PLUGINS_MAY_ALL_USE = {"orjson", "pydantic", "typing_extensions"}
 # What a plug-in may not lean on: the server that is built around it.
@@ -56,8 +61,8 @@ CORE_MAY_USE = {
 ONLY_IN: dict[str, set[str]] = {
     "click": {"cli.py", "asking.py"},
     "pydantic_settings": {"settings.py"},
-    "opentelemetry.sdk": {"tracing.py", "trace_export.py", "trace_store.py", "testing.py"},
-    "opentelemetry.exporter": {"trace_export.py"},
+    "opentelemetry.sdk": {"tracing.py", "trace_export.py", "trace_store.py", "testing.py", "metric_export.py"},
+    "opentelemetry.exporter": {"trace_export.py", "metric_export.py"},
 }
 # Values and shapes: what they do depends on nothing but what they are given.
 PURE = {"calls.py", "wire.py"}
@@ -231,7 +236,7 @@ PLANTED = [
     (f"{PLUGINS}/disk_cache.py", "import litellm", "file of its own"),
     (f"{PLUGINS}/disk_cache.py", "from asmodel.app import create_app", "app.py"),
     (f"{PLUGINS}/disk_cache.py", "from asmodel_programs import plain", CORE),
-    (f"{PLUGINS}/redis_cache.py", "import redis", "PLUGIN_LIBRARIES"),
+    (f"{PLUGINS}/mongo_cache.py", "import pymongo", "PLUGIN_LIBRARIES"),
     (f"{PROGRAMS}/plain.py", "import litellm", PLUGINS),
     (f"{PROGRAMS}/plain.py", "from asmodel_plugins.disk_cache import DiskCache", "role"),
     (f"{PROGRAMS}/plain.py", "from .evidence_qa import evidence_qa", "one file"),

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from asmodel import trace_store, tracing
+from asmodel import trace_schema, trace_store, tracing
 from asmodel.calls import Chat, Message, Reply, Usage
 from asmodel.errors import UpstreamRateLimited, UpstreamTimeout
 from asmodel.trace_export import LocalFeed, Tracing
-from asmodel.trace_store import NoSuchTrace, TraceFileUnreadable, runs, spans
+from asmodel.trace_reader import NoSuchTrace, TraceFileUnreadable, runs, spans
 
 CALL = Chat(identity="m", messages=(Message("user", "hi"),))
 REPLY = Reply(usage=Usage(prompt_tokens=10, completion_tokens=5), model="gpt-x", cost=0.25)
@@ -331,7 +331,7 @@ def test_the_file_keeps_within_its_bytes(path: Path) -> None:
 def test_of_a_run_with_very_many_spans_all_count_and_the_first_are_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trace_store, "MAX_SPANS", 100)
+    monkeypatch.setattr(trace_schema, "MAX_SPANS", 100)
     with kept(path):
         run("r1", many(300, replace(REPLY, source="hit")))
     (row,) = runs(path)
@@ -481,21 +481,21 @@ def test_a_forked_child_records_nothing_and_its_parent_goes_on(path: Path) -> No
 
 
 def test_a_process_that_is_gone_is_known_from_one_that_has_its_number_now() -> None:
-    me = trace_store.process()
-    assert not trace_store.is_gone(me)
+    me = trace_schema.process()
+    assert not trace_schema.is_gone(me)
     boot, space, pid, began = me.split(":")
     if began:
-        assert trace_store.is_gone(f"{boot}:{space}:{pid}:{int(began) - 1}"), "another process had the number"
-        assert trace_store.is_gone(f"another-boot:{space}:{pid}:{began}")
-        assert not trace_store.is_gone(f"{boot}:1{space}:{pid}:{began}"), "a container's processes cannot be seen"
-    assert trace_store.is_gone("nonsense")
+        assert trace_schema.is_gone(f"{boot}:{space}:{pid}:{int(began) - 1}"), "another process had the number"
+        assert trace_schema.is_gone(f"another-boot:{space}:{pid}:{began}")
+        assert not trace_schema.is_gone(f"{boot}:1{space}:{pid}:{began}"), "a container's processes cannot be seen"
+    assert trace_schema.is_gone("nonsense")
 
 
 def test_the_file_is_where_the_users_state_is() -> None:
     at_home = Path.home() / ".local/state/asmodel/traces.sqlite"
-    assert trace_store.default_path({"XDG_STATE_HOME": "/var/state"}) == Path("/var/state/asmodel/traces.sqlite")
-    assert trace_store.default_path({"XDG_STATE_HOME": "relative"}) == at_home
-    assert trace_store.default_path({}) == at_home
+    assert trace_schema.default_path({"XDG_STATE_HOME": "/var/state"}) == Path("/var/state/asmodel/traces.sqlite")
+    assert trace_schema.default_path({"XDG_STATE_HOME": "relative"}) == at_home
+    assert trace_schema.default_path({}) == at_home
 
 
 def test_a_file_that_is_damaged_under_the_writer_is_set_aside(

@@ -13,7 +13,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from asmodel.trace_store import LinkTo, Node, Outcome, RunRow, Trace
+from asmodel.trace_reader import LinkTo, Node, RunRow, Trace
+from asmodel.trace_schema import Outcome
 from asmodel.trace_view import draw_runs, draw_trace, runs_json, trace_json
 
 SECOND = 1_000_000_000

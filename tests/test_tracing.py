@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from tests.collecting import Sink
 
-from asmodel import trace_store, tracing
+from asmodel import trace_reader, tracing
 from asmodel.budget import Budget
 from asmodel.calls import CacheMode, Chat, Completion, Embed, Message, Origin, Reply, Score, Usage
-from asmodel.errors import UpstreamRateLimited, UpstreamTimeout
+from asmodel.errors import LimitExceeded, UpstreamRateLimited, UpstreamTimeout
 from asmodel.trace_export import Tracing
 
 SECRET = "the prompt of somebody"
@@ -56,7 +53,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def spans() -> Iterator[InMemorySpanExporter]:
     exporter = InMemorySpanExporter()
-    traces = Tracing(processors=[SimpleSpanProcessor(exporter)])
+    traces = Tracing(processors=[SimpleSpanProcessor(exporter)], hosts=["127.0.0.1:8001", "*.internal", "vllm"])
     yield exporter
     traces.shutdown()
 
@@ -124,7 +121,6 @@ def test_a_call_has_the_attributes_of_the_conventions(spans: InMemorySpanExporte
         "gen_ai.request.stream": True,
         "gen_ai.request.temperature": 0.7,
         "gen_ai.request.max_tokens": 64,
-        "gen_ai.request.stop_sequences": ("\n",),
         "gen_ai.request.choice.count": 2,
         "gen_ai.request.seed": 7,
         "gen_ai.output.type": "json",
@@ -326,13 +322,63 @@ def test_a_request_continues_the_trace_of_its_caller_and_ignores_what_is_no_trac
     incoming = f"00-{'ab' * 16}-{'cd' * 8}-01"
     with tracing.start_request("POST", "/v1/x", {"traceparent": incoming, "baggage": "user=secret"}) as span:
         assert tracing.trace_id(span) == "ab" * 16
-        outgoing = tracing.traceparent()
-    assert outgoing is not None
+        outgoing = tracing.outgoing("http://vllm")["traceparent"]
     assert outgoing.startswith(f"00-{'ab' * 16}-")
     assert "cd" * 8 not in outgoing, "the parent of what follows is our span"
     for wrong in ("", "00-zz", f"00-{'0' * 32}-{'cd' * 8}-01", "x" * 10_000):
         with tracing.start_request("POST", "/v1/x", {"traceparent": wrong}) as span:
             assert tracing.trace_id(span) not in ("", "ab" * 16)
+
+
+@pytest.mark.parametrize(
+    ("url", "may"),
+    [
+        ("http://vllm/v1", True),
+        ("http://VLLM:9/v1", True),
+        ("http://127.0.0.1:8001/v1", True),
+        ("http://127.0.0.1:8002/v1", False),
+        ("http://a.b.internal/v1", True),
+        ("http://internal/v1", False),
+        ("https://api.example.com/v1", False),
+        ("http://vllm.example.com/v1", False),
+        ("http://vllm@example.com/v1", False),
+        ("", False),
+        ("http://[::1", False),
+    ],
+)
+def test_only_hosts_that_are_allowed_are_told_the_trace(spans: InMemorySpanExporter, url: str, may: bool) -> None:
+    incoming = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01", "baggage": "user=secret"}
+    with tracing.start_request("POST", "/v1/x", incoming):
+        told = tracing.outgoing(url)
+    assert set(told) == ({"traceparent"} if may else set())
+
+
+def test_a_forced_request_is_exported_whole_whatever_the_sampler_and_the_caller_say(
+    sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", sink.address)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    traces = tracing.configure(local=None)
+    not_sampled = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-00"}
+    for force in (False, True):
+        with (
+            tracing.start_request("POST", "/v1/x", not_sampled, force=force),
+            tracing.run_span(f"forced-{force}", digest=None, run_id="r1", nested=False),
+        ):
+            call()
+    assert traces.shutdown()
+    assert sink.names == ["chat gpt-x", "invoke_workflow forced-True", "POST /v1/x"]
+
+
+def test_a_client_that_left_and_a_run_that_a_limit_ended_did_not_fail(spans: InMemorySpanExporter) -> None:
+    with tracing.start_request("POST", "/v1/x", {}) as span:
+        tracing.record_left(span)
+    with tracing.run_span("p", digest=None, run_id="r", nested=False) as span:
+        tracing.record_limited(span, LimitExceeded("all is used up", param="tokens"))
+    assert attributes(spans, "POST /v1/x")["asmodel.cancelled"] is True
+    assert attributes(spans, "invoke_workflow p")["asmodel.run.limited"] == "tokens"
+    assert {span.status.status_code for span in spans.get_finished_spans()} == {StatusCode.UNSET}
 
 
 def test_a_5xx_is_an_error_of_the_server_and_a_4xx_is_not(spans: InMemorySpanExporter) -> None:
@@ -371,8 +417,8 @@ def test_no_span_holds_a_prompt_or_an_answer(spans: InMemorySpanExporter) -> Non
     assert SECRET not in "".join(span.to_json() for span in spans.get_finished_spans())
 
 
-def test_without_a_provider_nothing_happens_and_a_callers_trace_is_passed_on() -> None:
-    assert tracing.traceparent() is None
+def test_without_a_provider_nothing_happens() -> None:
+    assert tracing.outgoing("http://vllm") == {}
     with tracing.step_span("s", program="p", kind="chat", draw=None) as span:
         assert not span.is_recording()
         assert tracing.trace_id(span) == ""
@@ -380,10 +426,10 @@ def test_without_a_provider_nothing_happens_and_a_callers_trace_is_passed_on() -
         tracing.record_step(span, REPLY, asks=1)
         tracing.record_wait(span, "queue", 1.0)
         tracing.record_attempts(span, [tracing.Attempt(1, 2), tracing.Attempt(3, 4)])
-    incoming = f"00-{'ab' * 16}-{'cd' * 8}-01"
-    with tracing.start_request("POST", "/v1/x", {"traceparent": incoming}):
-        assert tracing.traceparent() == incoming
-    assert tracing.traceparent() is None
+        tracing.record_limited(span, UpstreamTimeout("x"))
+        tracing.record_asked(span, CALL.messages)
+        tracing.record_answer(span, "x", "stop")
+        tracing.record_tool(span, {})
 
 
 def test_importing_the_names_does_not_import_the_sdk() -> None:
@@ -421,49 +467,6 @@ def test_a_span_that_a_program_makes_by_opentelemetrys_api_is_part_of_its_run(sp
         pass
     assert only(spans, "parse").parent == run.get_span_context()
     assert only(spans, "step s").parent == own.get_span_context()
-
-
-class Sink:
-    """A collector that speaks OTLP over HTTP."""
-
-    def __init__(self, status: int = 200) -> None:
-        self.requests: list[ExportTraceServiceRequest] = []
-        sink = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                if self.headers.get("content-encoding") == "gzip":
-                    body = gzip.decompress(body)
-                assert self.path == "/v1/traces"
-                sink.requests.append(ExportTraceServiceRequest.FromString(body))
-                self.send_response(status)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Quiet."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.start()
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
-
-    @property
-    def names(self) -> list[str]:
-        return [
-            span.name
-            for request in self.requests
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
 
 
 @pytest.fixture
@@ -519,18 +522,18 @@ def test_what_the_sampler_leaves_out_is_still_in_the_local_file(
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", sink.address)
     path = tmp_path / "state" / "traces.sqlite"
-    traces = tracing.configure(local=path)
+    traces = tracing.configure(local=path, hosts=["vllm"])
     not_sampled = f"00-{'ab' * 16}-{'cd' * 8}-00"
     with (
         tracing.start_request("POST", "/v1/chat/completions", {"traceparent": not_sampled}),
         tracing.run_span("p", digest=None, run_id="r1", nested=False),
     ):
         call()
-        outgoing = tracing.traceparent() or ""
+        outgoing = tracing.outgoing("http://vllm")["traceparent"]
     assert traces.shutdown()
     assert sink.requests == []
     assert outgoing.endswith("-00"), "nor does our recording make others sample"
-    assert [run.run_id for run in trace_store.runs(path)] == ["r1"]
+    assert [run.run_id for run in trace_reader.runs(path)] == ["r1"]
 
 
 def test_the_console_exporter_leaves_standard_output_alone(
@@ -595,7 +598,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from asmodel import trace_store, tracing
+from asmodel import trace_reader, tracing
 theirs = InMemorySpanExporter()
 provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(theirs))
@@ -606,7 +609,7 @@ with tracing.run_span("p", digest=None, run_id="r1", nested=False):
     pass
 assert traces.shutdown()
 assert [span.name for span in theirs.get_finished_spans()] == ["invoke_workflow p"]
-assert [run.run_id for run in trace_store.runs(path)] == ["r1"]
+assert [run.run_id for run in trace_reader.runs(path)] == ["r1"]
 assert provider is trace.get_tracer_provider()
 """
 

@@ -552,7 +552,7 @@ async def test_an_entry_that_cannot_be_read_is_a_miss_and_is_replaced(
 async def test_an_entry_is_tagged_with_the_program_and_step_that_bought_it() -> None:
     store = MemoryCache()
     await Cached(FunctionUpstream(lambda call: "yes", name="up"), store).send(chat(), ON)
-    assert [tag async for _, tag, _ in store.entries()] == ["p/s"]
+    assert [tag async for _, tag, _ in store.entries() if not tag.startswith("#")] == ["p/s"]
 
 
 async def test_a_store_that_cannot_be_written_costs_the_entry_and_not_the_answer(
@@ -568,6 +568,8 @@ async def test_a_store_that_cannot_be_written_costs_the_entry_and_not_the_answer
 
 
 async def test_a_purchase_that_lands_while_another_looks_is_not_made_twice() -> None:
+    asked = key(chat())
+
     class SlowToRead(MemoryCache):
         """Its first look was taken before the entry was there, and comes back after."""
 
@@ -577,7 +579,7 @@ async def test_a_purchase_that_lands_while_another_looks_is_not_made_twice() -> 
             self.come_back = asyncio.Event()
 
         async def get(self, key: str) -> bytes | None:
-            self.looks += 1
+            self.looks += key == asked
             found = await super().get(key)
             if self.looks == 1:
                 await self.come_back.wait()

@@ -8,6 +8,7 @@ or believed, connections are ours, and a store is looked at before diskcache see
       lock           held while a store is begun or set aside, by one process at a time
       store/         0700; cache.db, cache.db-wal, cache.db-shm, all 0600
       store.set-aside-TIME-ID/   what could not be used; the newest few are kept
+      leases/                    0700; see `disk_lease`
 
 A store is one folder so that it comes and goes by one rename: an old WAL beside a new database would destroy it. For
 POSIX systems (`flock`, owners, rights), on a local file system.
@@ -30,13 +31,15 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from asmodel.errors import AsmodelError, ConfigurationError
+from asmodel.protocols import Lease
+from asmodel_plugins.disk_lease import DiskLeases
 
 if TYPE_CHECKING:  # diskcache publishes no types; this is what we use of it
 
@@ -640,6 +643,7 @@ class DiskCache:
         self._writer: threading.Thread | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._guard = threading.Lock()
+        self._leases = DiskLeases(self.path / "leases")
         self._told: set[str] = set()
         self._set_aside_at = -_REPAIR_SECONDS
         self._retry_at = 0.0
@@ -687,6 +691,7 @@ class DiskCache:
         writer.join()
         if self._pool is not None:
             self._pool.shutdown()
+        self._leases.close()
         store, self._store = self._store, None
         if store is not None:
             store.retire()
@@ -696,6 +701,10 @@ class DiskCache:
             if self._writer is None:
                 raise RuntimeError("the disk cache is not open")
             self._queue.put(item)
+
+    def lease(self, key: str, seconds: float = 10.0) -> AbstractAsyncContextManager[Lease]:
+        """Try to be the one who acts on `key`, of this machine's processes; see `asmodel.protocols.Lockable`."""
+        return self._leases.lease(key, seconds)
 
     # Reading
 

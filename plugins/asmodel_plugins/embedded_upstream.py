@@ -347,6 +347,8 @@ class EmbeddedUpstream:
     It serves once `open` has returned; `identity` is known from then on.
     """
 
+    priced = True  # It costs nothing a token.
+
     def __init__(
         self,
         *,

@@ -69,6 +69,8 @@ class OpenAIUpstream:
     Raises ConfigurationError on a base URL that is none, or on an unknown name in `can`.
     """
 
+    priced = False  # By the settings alone: no such server says what it costs.
+
     def __init__(
         self,
         *,
@@ -100,7 +102,7 @@ class OpenAIUpstream:
                 f"upstreams.{name}.can: there is no {', '.join(map(repr, unknown))}; "
                 f"there are {', '.join(sorted(_FLAGS))}"
             )
-        flags = {"completion": True, "schema": True, "tools": True, "embeddings": True} | dict(can or {})
+        flags = {"verbatim": True, "completion": True, "schema": True, "tools": True, "embeddings": True} | dict(can or {})
         # None: not tried yet. What an operator forbids is never tried, what an operator promises is.
         self._scoring: bool | None = False if flags.pop("loglikelihood", None) is False else None
         self._capabilities = Capabilities(**flags, context=context)
@@ -184,12 +186,14 @@ class OpenAIUpstream:
         if isinstance(call, Score):
             reply = await self._score(call)
         elif terms.emit is None or isinstance(call, Embed):
-            body = await self._post(_ROUTES[call.kind], body_of(call, self._model))
+            data, body = await self._posted(_ROUTES[call.kind], body_of(call, self._model, n=terms.n))
             try:
                 reply = reply_of(body, call)
             except ValueError as error:
                 raise self._broken(f"sent an answer that is none: {error}") from error
             self._look_at_finish(reply.finish)
+            if terms.verbatim is not None:
+                await terms.verbatim(data)
         else:
             reply = await self._stream(call, terms)
         return replace(reply, upstream=self.name)
@@ -199,17 +203,20 @@ class OpenAIUpstream:
         assert emit is not None
         assembly = Assembly()
         done = False
-        async with self._request(_ROUTES[call.kind], body_of(call, self._model, stream=True)) as response:
+        body = body_of(call, self._model, stream=True, n=terms.n)
+        async with self._request(_ROUTES[call.kind], body) as response:
             if "event-stream" not in response.content_type:
                 # A server that does not stream answers whole; one that mislabels its stream is told by its first bytes.
                 data = await self._read(response)
                 if not data.lstrip().startswith((b"data:", b"event:", b":")):
-                    body = self._json(data, response)
+                    answer = self._json(data, response)
                     try:
-                        reply = reply_of(body, call)
-                        delta = assembly.add(body)
+                        reply = reply_of(answer, call)
+                        delta = assembly.add(answer)
                     except ValueError as error:
                         raise self._broken(f"sent an answer that is none: {error}") from error
+                    if terms.verbatim is not None:
+                        await terms.verbatim(b"data: " + orjson.dumps(_as_chunk(answer)) + b"\n\n")
                     if delta is not None:
                         await emit(delta)
                     self._look_at_finish(reply.finish)
@@ -221,11 +228,11 @@ class OpenAIUpstream:
             try:
                 async with aclosing(chunks):
                     async for chunk in chunks:
-                        done = await self._take(events.feed(chunk), assembly, emit)
+                        done = await self._take(events.feed(chunk), assembly, emit, terms)
                         if done:
                             break
                 if not done:
-                    done = await self._take(events.end(), assembly, emit)
+                    done = await self._take(events.end(), assembly, emit, terms)
             except _Unreadable as error:
                 raise self._broken(f"sent a stream that is none: {error}") from error
             if not done and assembly.finish is None:
@@ -234,12 +241,22 @@ class OpenAIUpstream:
         self._look_at_finish(assembly.finish)
         return assembly.reply(call)
 
-    async def _take(self, events: Sequence[bytes], assembly: Assembly, emit: Emit) -> bool:
+    async def _take(self, events: Sequence[bytes], assembly: Assembly, emit: Emit, terms: Terms) -> bool:
         """Take the events in, and pass on what they bring; True once one of them was the last."""
         for data in events:
             if data.strip() == b"[DONE]":
                 return True
-            if data.strip() and (delta := self._delta(data, assembly)) is not None:
+            if not data.strip():
+                continue
+            usage = assembly.usage
+            delta = self._delta(data, assembly)
+            if terms.verbatim is not None:
+                # We ask every stream for its usage; a client that did not is not shown the chunk that brings it.
+                if terms.usage_asked or assembly.usage is usage or not _is_usage_alone(data):
+                    await terms.verbatim(b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n")
+                # Something has left, even if it brought no text: the call is not to be made again.
+                delta = delta or Delta()
+            if delta is not None:
                 await emit(delta)
         return False
 
@@ -398,10 +415,15 @@ class OpenAIUpstream:
         return UpstreamBroken(f"{self._who} {what}")
 
     async def _post(self, route: str, body: Mapping[str, Any], *, at_root: bool = False) -> dict[str, Any]:
+        return (await self._posted(route, body, at_root=at_root))[1]
+
+    async def _posted(
+        self, route: str, body: Mapping[str, Any], *, at_root: bool = False
+    ) -> tuple[bytes, dict[str, Any]]:
+        """The answer as it came, and read."""
         async with self._request(route, body, at_root=at_root) as response:
             data = await self._read(response)
-            answer = self._json(data, response)
-        return answer
+            return data, self._json(data, response)
 
     @asynccontextmanager
     async def _request(
@@ -548,6 +570,20 @@ def _noting_reuse() -> aiohttp.TraceConfig:
 
 class _Unreadable(ValueError):
     """The stream is none: apart from what `emit` may raise, which is not the upstream's doing."""
+
+
+def _as_chunk(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole completion as the one chunk of a stream: of a server that was asked to stream and does not."""
+    choices = [
+        {**{k: v for k, v in mapping(choice).items() if k != "message"}, "delta": mapping(choice).get("message")}
+        for choice in cast("list[object]", body.get("choices") or [])
+    ]
+    return {**body, "object": "chat.completion.chunk", "choices": choices}
+
+
+def _is_usage_alone(data: bytes) -> bool:
+    chunk = orjson.loads(data)
+    return isinstance(chunk, dict) and not cast("dict[str, Any]", chunk).get("choices")
 
 
 class Events:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -18,12 +19,15 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from asmodel import tracing
+from asmodel import __version__, tracing
 from asmodel.access import Access
 from asmodel.chat import ChatCompletions
 from asmodel.errors import AsmodelError, ConfigurationError, InvalidRequest
 from asmodel.exchange import Enveloped
 from asmodel.folders import load_folders
+from asmodel.measuring import Measured, MetricsPage
+from asmodel.meter import UNMEASURED, Meter
+from asmodel.metrics import Metrics, folder_of_workers, reporting
 from asmodel.models import Models, Preset, ServedProgram
 from asmodel.plugins import make, names, resolve
 from asmodel.programs import Program, programs_in
@@ -51,6 +55,7 @@ class Parts:
     service: Service
     access: Access
     store: Cache | None
+    metrics: Metrics
     providers: Mapping[str, Upstream]
     """The plug-ins themselves, by upstream."""
 
@@ -114,28 +119,45 @@ def onion(
     providers: Mapping[str, Upstream],
     settings: Mapping[str, UpstreamSettings],
     store: Cache | None,
+    meter: Meter = UNMEASURED,
 ) -> dict[str, Upstream]:
     """Wrap each provider: Cached > Routed > Metered > Retried > Limited > Timed > provider."""
     called: dict[str, Upstream] = {}
     for name, s in settings.items():
         timed = Timed(providers[name], name=name, first_byte=s.first_byte_timeout, total=s.timeout)
-        retried = Retried(Limited(timed, slots=s.concurrency), retries=s.retries)
+        limited = Limited(timed, slots=s.concurrency, name=name, meter=meter)
+        retried = Retried(limited, retries=s.retries, name=name, meter=meter)
         base_url, model = str(s.options.get("base_url") or ""), str(s.options.get("model") or s.kind)
         address = urlsplit(base_url).netloc or None
         provider = model.partition("/")[0] if s.kind == "litellm" and "/" in model else s.kind
         p = s.price
         price = None if p is None else Price(input=p.input, output=p.output, cached_input=p.cached_input)
-        called[name] = Metered(retried, name=name, provider=provider, model=model, address=address, price=price)
+        called[name] = Metered(
+            retried,
+            name=name,
+            provider=provider,
+            model=model,
+            address=address,
+            price=price,
+            meter=meter,
+            slots=s.concurrency,
+        )
     # One book of what is in flight: two names of one model buy one answer.
     flights = Flights()
     return {
-        name: Cached(Routed([called[name], *(called[equal] for equal in s.equals)]), store, flights)
+        name: Cached(
+            Routed([called[name], *(called[equal] for equal in s.equals)], meter=meter), store, flights, meter=meter
+        )
         for name, s in settings.items()
     }
 
 
-def build(settings: Settings) -> Parts:
-    """Make everything that the settings name. Raises ConfigurationError; opens nothing."""
+def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
+    """Make everything that the settings name. Raises ConfigurationError; opens nothing.
+
+    `metrics_folder` is where the processes of one server add up their metrics.
+    """
+    metrics = Metrics(metrics_folder, version=__version__)
     upstreams = settings.effective_upstreams
     providers = {name: _provider(name, s, f"upstreams.{name}") for name, s in upstreams.items()}
     store: Cache | None = None
@@ -143,9 +165,11 @@ def build(settings: Settings) -> Parts:
         options = settings.cache.options
         made = make("caches", settings.cache.kind, options, where="cache", beside=CacheSettings.model_fields)
         store = cast("Cache", made)
+        if (troubles := getattr(made, "troubles", None)) is not None:
+            metrics.watch(settings.cache.kind, lambda: asdict(troubles))
     models = Models(
         all_programs(settings.program_folders),
-        onion(providers, upstreams, store),
+        onion(providers, upstreams, store, metrics),
         presets={
             name: Preset(program=p.program, params=p.params, roles=p.roles, description=p.description)
             for name, p in settings.models.items()
@@ -154,6 +178,7 @@ def build(settings: Settings) -> Parts:
         program_roles={name: p.roles for name, p in settings.programs.items()},
         program_params={name: p.params for name, p in settings.programs.items()},
         store=store,
+        meter=metrics,
     )
     for model in models.all():
         # What the settings say of parameters is wrong from the start, not at the first request.
@@ -169,9 +194,18 @@ def build(settings: Settings) -> Parts:
         program_limits={name: p.limits.run for name, p in settings.programs.items()},
         cache_programs=settings.cache.programs,
         cache_upstreams=settings.cache.upstreams,
+        meter=metrics,
     )
     access = Access({name: key.get_secret_value() for name, key in settings.keys.items()})
-    return Parts(settings=settings, models=models, service=service, access=access, store=store, providers=providers)
+    return Parts(
+        settings=settings,
+        models=models,
+        service=service,
+        access=access,
+        store=store,
+        metrics=metrics,
+        providers=providers,
+    )
 
 
 def create_app(
@@ -186,8 +220,8 @@ def create_app(
     `on_open` is called when connections may come; `on_failure` with what cannot be opened, after which nothing is
     answered and the server should end. Without it, the log says so.
     """
-    parts = parts or build(settings)
-    service = parts.service
+    parts = parts or build(settings, metrics_folder=folder_of_workers(os.environ))
+    service, metrics = parts.service, parts.metrics
 
     def failed(error: BaseException) -> None:
         # Whoever waits for the service to be ready is told now that it will not be.
@@ -207,7 +241,7 @@ def create_app(
             failed(error)
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncGenerator[None]:
+    async def answering(app: Starlette) -> AsyncGenerator[None]:
         traces: Tracing | None = None
         opening: asyncio.Task[None] | None = None
         try:
@@ -229,10 +263,17 @@ def create_app(
                 await asyncio.gather(opening, return_exceptions=True)
             # Requests that were cut off are cancelled already, and are ending.
             await service.idle(ENDING)
+            await chat.close()
             await parts.close()
             # After the runs have ended: a span that ends later would not be exported.
             if traces is not None:
                 await asyncio.to_thread(traces.shutdown)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[None]:
+        # Outermost: what the last run cost, and what closing the store came to, is measured too.
+        async with reporting(metrics, os.environ), answering(app):
+            yield
 
     limits = settings.limits
     chat = ChatCompletions(
@@ -242,6 +283,8 @@ def create_app(
         messages=limits.messages,
         n=limits.n,
         progress=settings.progress,
+        grace=settings.idempotency.grace_seconds,
+        keep=settings.idempotency.keep_seconds,
     )
     notes: dict[str, dict[str, Any]] = {
         name: {
@@ -251,8 +294,14 @@ def create_app(
         for name, s in settings.effective_upstreams.items()
     }
     models = ModelList(parts.models, parts.access, notes)
+    # A key of its own, so that whoever scrapes need not hold one that can spend money.
+    readers = {name: key.get_secret_value() for name, key in settings.keys.items()}
+    if settings.metrics.key is not None:
+        readers["metrics"] = settings.metrics.key.get_secret_value()
+    page = MetricsPage(metrics, None if settings.metrics.open else Access(readers))
     app = Starlette(
         routes=[
+            Route("/metrics", page, methods=["GET"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{id:path}", models, methods=["GET"]),
@@ -265,4 +314,6 @@ def create_app(
     # What is not there is said in the envelope, never redirected to what may be meant.
     app.router.redirect_slashes = False
     app.add_middleware(Enveloped)
+    paths = [route.path for route in app.routes if isinstance(route, Route)]
+    app.add_middleware(Measured, metrics=metrics, paths=paths)
     return app

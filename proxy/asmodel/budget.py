@@ -78,6 +78,8 @@ class Budget:
             raise LimitExceeded(f"the run has made the {limits.calls} upstream calls it may make", param="calls")
         if limits.tokens is not None and self.usage.total_tokens >= limits.tokens:
             raise LimitExceeded(f"the run has used the {limits.tokens} tokens it may use", param="tokens")
+        if limits.cost is not None and self.cost is None:
+            raise LimitExceeded("the run has bought something of unknown price, and its cost is limited", param="cost")
         if limits.cost is not None and (self.cost or 0.0) >= limits.cost:
             raise LimitExceeded(f"the run has spent the {limits.cost} US dollars it may spend", param="cost")
         if limits.seconds is not None and self.seconds >= limits.seconds:

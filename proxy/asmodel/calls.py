@@ -295,13 +295,16 @@ class Reply:
     def likelihood(self) -> LogLikelihood:
         return LogLikelihood(total=math.fsum(t.logprob for t in self.logprobs), tokens=len(self.logprobs))
 
-    def dump(self) -> bytes:
+    def dump(self, parts: Mapping[str, str] | None = None) -> bytes:
         """The reply as it is stored: JSON, with its version. Raises ValueError where it holds what JSON cannot carry.
 
-        JSON has no number for the logarithm of 0; it is stored as null.
+        JSON has no number for the logarithm of 0; it is stored as null. `parts` is the fingerprint of the call that it
+        answers, which is stored beside it and is none of what is read back.
         """
         body = asdict(self)
         del body["source"]
+        if parts is not None:
+            body["parts"] = parts
         try:
             return orjson.dumps({"v": REPLY_VERSION, **body})
         except orjson.JSONEncodeError as error:
@@ -443,6 +446,13 @@ class Terms:
 
     emit: Emit | None = None
     """Awaited with each delta as it arrives. Present means: stream."""
+    verbatim: Callable[[bytes], Awaitable[None]] | None = None
+    """Awaited with the upstream's own bytes, where it speaks OpenAI's format: its body, or each event of its stream, so
+    that a call that is passed through reaches the client unaltered."""
+    n: int = 1
+    """How many choices to ask for; more than 1 only where they are passed on `verbatim`."""
+    usage_asked: bool = False
+    """Whether the client of a verbatim stream wants its usage chunk."""
     run_id: str = ""
     program: str = ""
     step: str = ""
@@ -471,5 +481,7 @@ class Capabilities:
     tools: bool = False
     loglikelihood: bool = False
     embeddings: bool = False
+    verbatim: bool = False
+    """Whether its answers are in OpenAI's format, and can be passed on as they are."""
     context: int | None = None
     """Tokens of prompt and reply together; None where it is not known."""

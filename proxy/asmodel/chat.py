@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -16,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from asmodel import tracing, wire
 from asmodel.access import Access
+from asmodel.answering import Answering, Joined
 from asmodel.budget import Limits
-from asmodel.calls import CachePolicy, Delta, Emit
-from asmodel.errors import AsmodelError, InvalidRequest
+from asmodel.calls import CachePolicy
+from asmodel.errors import AsmodelError, InvalidRequest, PayloadTooLarge
 from asmodel.exchange import Exchange, Gone, read_body
-from asmodel.gathering import gather
-from asmodel.models import ServedProgram
+from asmodel.models import Model, ServedProgram
 from asmodel.service import Asked, Job, Outcome, Service, stopping
 
 T = TypeVar("T")
@@ -32,8 +31,6 @@ KEEP_ALIVE_EVERY = 5.0
 """Seconds of silence in a stream before a comment keeps it alive; proxies cut silence from 60 s on."""
 LINES_A_SECOND = 5
 """How many lines of progress at most."""
-HIGH_WATER = 256 * 1024
-"""Bytes of chunks that wait for a slow client before its own run is held back."""
 
 
 def cache_policy(headers: Headers, asked: wire.Extension) -> CachePolicy | None:
@@ -70,9 +67,13 @@ class ChatCompletions:
         messages: int = 2048,
         n: int = 16,
         progress: bool = True,
+        grace: float = 60.0,
+        keep: float = 600.0,
     ) -> None:
         self._service = service
         self._access = access
+        self._grace = grace
+        self._joined = Joined(keep=keep)
         self._body_bytes = body_bytes
         self._messages = messages
         self._n = n
@@ -93,6 +94,8 @@ class ChatCompletions:
                 outcome = "client left"
             except AsmodelError as error:
                 outcome = f"{error.status} {error.code}"
+                if isinstance(error, PayloadTooLarge):
+                    self._service.meter.refused("body_bytes")
                 tracing.record_response(span, error.status, error)
                 await exchange.refuse(error, receipt(exchange, exchange.job, []) if exchange.job else None)
             except asyncio.CancelledError:
@@ -109,14 +112,21 @@ class ChatCompletions:
         kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise InvalidRequest("the body should be sent as `Content-Type: application/json`")
-        request = wire.read_chat(await read_body(receive, self._body_bytes))
+        body = await read_body(receive, self._body_bytes)
+        request = wire.read_chat(body)
         watch = asyncio.ensure_future(exchange.gone())
         try:
-            return await self._answer(exchange, request, watch)
+            return await self._answer(exchange, request, body, watch)
         finally:
             await _end(watch)
 
-    async def _answer(self, exchange: Exchange, request: wire.ChatRequest, watch: asyncio.Future[None]) -> str:
+    async def close(self) -> None:
+        """End the runs that go on for clients who may come back."""
+        await self._joined.close()
+
+    async def _answer(
+        self, exchange: Exchange, request: wire.ChatRequest, body: bytes, watch: asyncio.Future[None]
+    ) -> str:
         exchange.model = request.model
         self._check(request)
         model = self._service.models.find(request.model)
@@ -139,38 +149,55 @@ class ChatCompletions:
             scope=exchange.caller.scope,
             n=request.n or 1,
             ignored=tuple(ignored),
+            usage_asked=bool(request.stream_options and request.stream_options.include_usage),
+            identity=identity(exchange.headers),
         )
-        job = exchange.job = await _unless(watch, self._service.prepare(model, asked))
+        answering = await self._begun(exchange, asked, model, body, watch, stream=bool(request.stream))
+        exchange.job = answering.job
         if request.stream:
-            options = request.stream_options
             progress = self._progress if request.asmodel.progress is None else request.asmodel.progress
-            stream = _Stream(
-                exchange,
-                self._service,
-                job,
-                chunks=wire.Chunks(
-                    _completion_id(),
-                    exchange.created,
-                    request.model,
-                    include_usage=bool(options and options.include_usage),
-                ),
-                progress=progress and isinstance(model, ServedProgram),
-            )
-            return await stream.run(watch)
-        return await self._whole(exchange, job, watch)
+            return await _Stream(exchange, answering, progress=progress and isinstance(model, ServedProgram)).run(watch)
+        return await self._whole(exchange, answering, watch)
+
+    async def _begun(
+        self, exchange: Exchange, asked: Asked, model: Model, body: bytes, watch: asyncio.Future[None], *, stream: bool
+    ) -> Answering:
+        """The run of this request: a new one, or the one that its Idempotency-Key names."""
+        if asked.identity is None:
+            job = exchange.job = await _unless(watch, self._service.prepare(model, asked))
+            return Answering(self._service, job, stream=stream)
+        found = self._joined.find(asked.scope, asked.identity, body)
+        if found is None:
+            job = exchange.job = await _unless(watch, self._service.prepare(model, asked))
+            # Asked again, for another may have come first while this one was being prepared.
+            found = self._joined.find(asked.scope, asked.identity, body)
+            if found is None:
+                found = Answering(self._service, job, stream=stream, grace=self._grace)
+                self._joined.add(asked.scope, asked.identity, body, found)
+        return found
 
     def _check(self, request: wire.ChatRequest) -> None:
         if len(request.messages) > self._messages:
+            self._service.meter.refused("messages")
             raise InvalidRequest(f"`messages`: at most {self._messages}, not {len(request.messages)}", param="messages")
         if request.n is not None and request.n > self._n:
+            self._service.meter.refused("n")
             raise InvalidRequest(f"`n`: at most {self._n}, not {request.n}", param="n")
 
-    async def _whole(self, exchange: Exchange, job: Job, watch: asyncio.Future[None]) -> str:
-        outcomes = await _unless(watch, _all(self._service, job))
+    async def _whole(self, exchange: Exchange, answering: Answering, watch: asyncio.Future[None]) -> str:
+        async with answering.listening(_nothing):
+            await asyncio.wait((answering.task, watch), return_when=asyncio.FIRST_COMPLETED)
+            if not answering.task.done():
+                raise Gone
+        outcomes = answering.task.result()
+        if answering.verbatim:
+            await exchange.send(200, b"".join(e for e in answering.events if isinstance(e, bytes)))
+            return "200"
+        job = answering.job
         choices = [wire.choice(i, o.answer, o.reply) for i, o in enumerate(outcomes)]
         body = wire.completion(
-            _completion_id(),
-            exchange.created,
+            answering.id,
+            answering.created,
             exchange.model,
             choices,
             tokens(job, outcomes),
@@ -180,14 +207,16 @@ class ChatCompletions:
         return "200"
 
 
-def _completion_id() -> str:
-    return f"chatcmpl-{secrets.token_hex(12)}"
+def _nothing() -> None:
+    """For listeners who wait for the end alone."""
 
 
-async def _all(service: Service, job: Job, emit: Callable[[int], Emit] | None = None) -> list[Outcome]:
-    if job.asked.n == 1:
-        return [await service.answer(job, 0, emit and emit(0))]
-    return await gather(service.answer(job, i, emit and emit(i)) for i in range(job.asked.n))
+def identity(headers: Mapping[str, str]) -> str | None:
+    """The client's own name for its request, of any characters that a header may have; at most 255 of them."""
+    given: str | None = headers.get("idempotency-key")
+    if given is not None and not 0 < len(given) <= 255:
+        raise InvalidRequest("the Idempotency-Key should have 1 to 255 characters", param="Idempotency-Key")
+    return given
 
 
 async def _unless(watch: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T:
@@ -258,62 +287,32 @@ def receipt(exchange: Exchange, job: Job, outcomes: list[Outcome]) -> wire.Json 
 
 
 class _Stream:
-    """One streamed response. The run fills, this alone writes; what a slow client leaves holds back its own run."""
+    """One streamed response: what the run has emitted, written at the pace of this client."""
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        service: Service,
-        job: Job,
-        *,
-        chunks: wire.Chunks,
-        progress: bool,
-    ) -> None:
+    def __init__(self, exchange: Exchange, answering: Answering, *, progress: bool) -> None:
+        job = answering.job
         self._exchange = exchange
-        self._service = service
+        self._answering = answering
         self._job = job
-        self._chunks = chunks
+        self._chunks = wire.Chunks(answering.id, answering.created, exchange.model, include_usage=job.asked.usage_asked)
         self._progress = progress
-        self._pending: list[bytes] = []
-        self._waiting = 0
         self._stirred = asyncio.Event()
-        self._drained = asyncio.Event()
+        self._written = 0
+        """How many of the run's events are."""
         self._opened = False
         self._said = [wire.Said() for _ in range(job.asked.n)]
         self._told: deque[float] = deque(maxlen=LINES_A_SECOND)
         """When the last lines of progress were told."""
         self._lines: set[str] = set()
         """Which were."""
-        job.progress.on_change = self._stirred.set
-
-    def _emit(self, index: int) -> Emit:
-        async def emit(delta: Delta) -> None:
-            if delta.text and not self._said[index].text:
-                for line in self._progress_chunks(last=True):
-                    self._put(line)
-            body = self._said[index].add(delta)
-            if not body:
-                return
-            self._put(self._chunks.delta(index, body))
-            while self._waiting > HIGH_WATER:
-                self._drained.clear()
-                await self._drained.wait()
-
-        return emit
-
-    def _put(self, chunk: bytes) -> None:
-        self._pending.append(chunk)
-        self._waiting += len(chunk)
-        self._stirred.set()
 
     async def run(self, watch: asyncio.Future[None]) -> str:
         """Write the stream. Raises AsmodelError where nothing has been sent yet, or Gone."""
-        work = asyncio.ensure_future(_all(self._service, self._job, self._emit))
-        for task in (work, watch):
-            task.add_done_callback(lambda _: self._stirred.set())
+        work = self._answering.task
+        watch.add_done_callback(lambda _: self._stirred.set())
         opens = time.monotonic() + OPENS_AFTER
         spoke = time.monotonic()
-        try:
+        async with self._answering.listening(self._stirred.set):
             while not work.done():
                 now = time.monotonic()
                 due = (opens if not self._opened else spoke + KEEP_ALIVE_EVERY) - now
@@ -325,7 +324,8 @@ class _Stream:
                     raise Gone
                 now = time.monotonic()
                 if not self._opened:
-                    if not (self._pending or self._job.progress.answered or now >= opens) or work.done():
+                    begun = self._answering.events or self._job.progress.answered
+                    if not (begun or now >= opens) or work.done():
                         continue
                     await self._open()
                     spoke = now
@@ -334,10 +334,7 @@ class _Stream:
                 elif now - spoke >= KEEP_ALIVE_EVERY:
                     await self._exchange.write(wire.KEEP_ALIVE)
                     spoke = now
-            return await self._finish(work)
-        finally:
-            self._job.progress.on_change = None
-            await _end(work)
+        return await self._finish(work)
 
     async def _open(self) -> None:
         self._opened = True
@@ -348,18 +345,34 @@ class _Stream:
             **self._exchange.receipt(),
         }
         await self._exchange.start(200, headers)
-        role = {"role": "assistant", "content": ""}
-        await self._exchange.write(b"".join(self._chunks.delta(i, role) for i in range(self._job.asked.n)))
+        if not self._passed_on:
+            role = {"role": "assistant", "content": ""}
+            await self._exchange.write(b"".join(self._chunks.delta(i, role) for i in range(self._job.asked.n)))
+
+    @property
+    def _passed_on(self) -> bool:
+        return not isinstance(self._job.model, ServedProgram) and (
+            self._answering.verbatim or (not self._answering.events and self._answering.passes_on)
+        )
 
     async def _flush(self, *, last: bool = False) -> bool:
-        """Write what waits; whether there was anything."""
-        data = b"".join(self._progress_chunks(last=last)) + b"".join(self._pending)
-        self._pending.clear()
+        """Write what is new; whether there was anything."""
+        events = self._answering.events[self._written :]
+        self._written += len(events)
+        parts: list[bytes] = []
+        for event in events:
+            if isinstance(event, bytes):
+                parts.append(event)
+                continue
+            choice, delta = event
+            if delta.text and not self._said[choice].text:
+                parts += self._progress_chunks(last=True)
+            if body := self._said[choice].add(delta):
+                parts.append(self._chunks.delta(choice, body))
+        data = b"".join([*parts, *self._progress_chunks(last=last)])
         if not data:
             return False
         await self._exchange.write(data)
-        self._waiting = sum(map(len, self._pending))
-        self._drained.set()
         return True
 
     def _progress_chunks(self, *, last: bool = False) -> list[bytes]:
@@ -386,7 +399,7 @@ class _Stream:
         pause = self._told[-1] + 1.0 / (LINES_A_SECOND - 1) - time.monotonic() if self._told else 0.0
         return max(pause, self._full())
 
-    async def _finish(self, work: asyncio.Future[list[Outcome]]) -> str:
+    async def _finish(self, work: asyncio.Task[list[Outcome]]) -> str:
         try:
             outcomes = work.result()
         except AsmodelError as error:
@@ -403,6 +416,9 @@ class _Stream:
         if not self._opened:
             await self._open()
         await self._flush(last=True)
+        if self._answering.verbatim:
+            await self._exchange.write(wire.DONE, last=True)
+            return "200"
         ends: list[bytes] = []
         everything = receipt(self._exchange, self._job, outcomes)
         for i, outcome in enumerate(outcomes):

@@ -47,16 +47,18 @@ MESSAGE_LIMIT = 500
 # --- calls to bodies ------------------------------------------------------------------------------------------------
 
 
-def body_of(call: Chat | Completion | Embed, model: str, *, stream: bool = False) -> dict[str, Any]:
-    """The JSON body of the call for the route of its kind.
+def body_of(call: Chat | Completion | Embed, model: str, *, stream: bool = False, n: int = 1) -> dict[str, Any]:
+    """The JSON body of the call for the route of its kind; `n` choices, of which a Reply holds the first.
 
-    `stream` and `stream_options` of the parameters are ours to decide and are dropped. Raises Unsupported on `n`
-    other than 1: a Reply holds one choice, and the others would be paid for and lost.
+    `stream` and `stream_options` of the parameters are ours to decide and are dropped. Raises Unsupported on an `n`
+    among the parameters other than 1: the other choices would be paid for and lost.
     """
     body: dict[str, Any] = {k: v for k, v in call.params.items() if k not in ("stream", "stream_options")}
     if body.get("n", 1) not in (1, None):
         raise Unsupported(f"one call has one answer: n is {body['n']}, and may only be 1", param="n")
     body["model"] = model
+    if n != 1:
+        body["n"] = n
     if isinstance(call, Chat):
         body["messages"] = [message.wire() for message in call.messages]
         if call.schema is not None:

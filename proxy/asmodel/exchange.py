@@ -105,7 +105,10 @@ class Exchange:
         return max(0.0, now - self.started - waited) * 1000
 
     async def respond(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-        data = orjson.dumps(body)
+        await self.send(status, orjson.dumps(body), headers)
+
+    async def send(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+        """A whole response, of JSON that is written already."""
         everything = {
             "content-type": "application/json",
             "content-length": str(len(data)),

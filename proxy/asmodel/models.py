@@ -7,6 +7,7 @@ and nothing is read out of message text.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from asmodel.calls import JSON, Call, Capabilities, Chat, Reply, Terms, Usage, key
+from asmodel.effects import check_player
 from asmodel.errors import ConfigurationError, InvalidRequest, ModelNotFound, ProgramError, UpstreamError
+from asmodel.meter import UNMEASURED, Meter
+from asmodel.planning import Plan, Planned
 from asmodel.programs import Answer, Program
 from asmodel.protocols import Cache, Upstream
 from asmodel.run import Request, Run, execute, finished, require
@@ -73,6 +77,7 @@ class Models:
         program_roles: Mapping[str, Roles] | None = None,
         program_params: Mapping[str, Mapping[str, JSON]] | None = None,
         store: Cache | None = None,
+        meter: Meter = UNMEASURED,
     ) -> None:
         self.programs: dict[str, Program[Any, Any]] = {}
         self.upstreams = dict(upstreams)
@@ -81,7 +86,10 @@ class Models:
         self._program_roles = dict(program_roles or {})
         self._program_params = dict(program_params or {})
         self._store = store
+        self._meter = meter
+        self._plan: Plan | None = None
         for program in programs:
+            meter.knows_program(program.name, (step.name for step in program.steps))
             other = self.programs.get(program.name)
             if other is not None:
                 raise ConfigurationError(
@@ -170,6 +178,13 @@ class Models:
         whole = f'"{within[0]}": ' if within else ""
         raise ModelNotFound(whole + self._unknown(name, known, "model"), param="model")
 
+    def planning(self, plan: Plan) -> Models:
+        """The same models, of which nothing is asked: what a run would find, and would buy, is noted in `plan`."""
+        twin = copy.copy(self)
+        twin.upstreams = {name: Planned(upstream, plan) for name, upstream in self.upstreams.items()}
+        twin._plan = plan
+        return twin
+
     def all(self) -> list[Model]:
         """Programs, presets and upstreams; compositions are too many to list."""
         return [self.find(name) for name in (*self.programs, *self.presets, *self.upstreams)]
@@ -191,7 +206,7 @@ class Models:
         """A model as something that answers calls."""
         if isinstance(model, ServedUpstream):
             return model.upstream
-        return PlayedByProgram(self, model, roles, self._store)
+        return PlayedByProgram(self, model, roles, self._store, self._meter, self._plan)
 
 
 class RoleCast:
@@ -255,12 +270,22 @@ class RoleCast:
 class PlayedByProgram:
     """A program as an upstream: it plays a role of another. Its answer is not stored whole; its own steps are."""
 
-    def __init__(self, models: Models, served: ServedProgram, roles: Roles, store: Cache | None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        served: ServedProgram,
+        roles: Roles,
+        store: Cache | None,
+        meter: Meter = UNMEASURED,
+        plan: Plan | None = None,
+    ) -> None:
         self.name = served.name
         self._models = models
         self._served = served
         self._roles = {role: player for role, player in roles.items() if player != served.name}
         self._store = store
+        self._meter = meter
+        self._plan = plan
 
     @property
     def identity(self) -> str:
@@ -280,6 +305,7 @@ class PlayedByProgram:
                 param="model",
                 code="role_circle",
             )
+        check_player(served.program)
         served.program.read_params(served.params)
         cast = self._models.cast(served, self._roles)
         await require(served.program, cast, chain=(*chain, self.name))
@@ -308,7 +334,8 @@ class PlayedByProgram:
             cast=self._models.cast(served, self._roles),
             params=served.program.read_params(served.params),
             # The draw says which of several equal calls this is, the key which they equal: runs inside share no draws.
-            path=f"{call.draw or '-'}/{served.name}.{key(call)[:8]}",
+            # By its name and not its source: what an edit of the program leaves as it was is not bought again.
+            path=f"{call.draw or '-'}/{served.name}.{key(replace(call, identity=served.name))[:8]}",
             budget=terms.budget,
             progress=terms.progress,
             cache=terms.cache,
@@ -317,6 +344,8 @@ class PlayedByProgram:
             store=self._store,
             emit=terms.emit,
             depth=terms.depth + 1,
+            plan=self._plan,
+            meter=self._meter,
         )
         answer: Answer = finished(run, await execute(run))
         reply = Reply(

@@ -19,6 +19,7 @@ from typing_extensions import TypeVar
 from asmodel.calls import JSON, ToolCall
 from asmodel.errors import ConfigurationError, InvalidRequest
 from asmodel.steps import Step, resemble, source_digest
+from asmodel.tools import Tool
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -157,6 +158,27 @@ class Program(Generic[ParamsT, Out]):
         """The programs that its code names."""
         return tuple(found for found in reachable(self.function) if isinstance(found, Program))
 
+    @cached_property
+    def effects(self) -> tuple[Tool[..., Any], ...]:
+        """The tools with effects that its code, its steps, and the programs that it names could call."""
+        found: dict[str, Tool[..., Any]] = {}
+        seen: set[int] = set()
+
+        def look(program: Program[Any, Any]) -> None:
+            if id(program.function) in seen:
+                return
+            seen.add(id(program.function))
+            for thing in reachable(program.function):
+                if isinstance(thing, Program):
+                    look(thing)
+                tools = (thing,) if isinstance(thing, Tool) else ()
+                for tool in (*tools, *(thing.options.get("tools", ()) if isinstance(thing, Step) else ())):
+                    if tool.effect:
+                        found.setdefault(tool.name, tool)
+
+        look(self)
+        return tuple(found.values())
+
 
 def _code(code: CodeType) -> Iterator[CodeType]:
     """The code, and that of the lambdas, comprehensions and functions inside it."""
@@ -172,16 +194,19 @@ def _variables(code: CodeType) -> set[str]:
     return {name for name in read if isinstance(name, str)}
 
 
-def reachable(function: Callable[..., Any]) -> Iterator[Step[..., Any, Any] | Program[Any, Any]]:
-    """Steps and programs that a function's code refers to by name, through the functions of its own package too."""
+Reached: TypeAlias = "Step[..., Any, Any] | Program[Any, Any] | Tool[..., Any]"
+
+
+def reachable(function: Callable[..., Any]) -> Iterator[Reached]:
+    """Steps, programs and tools that a function's code names, through the functions of its own package too."""
     seen: set[int] = set()
     package = function.__module__.partition(".")[0]
 
-    def visit(value: object) -> Iterator[Step[..., Any, Any] | Program[Any, Any]]:
+    def visit(value: object) -> Iterator[Reached]:
         if id(value) in seen:
             return
         seen.add(id(value))
-        if isinstance(value, (Step, Program)):
+        if isinstance(value, (Step, Program, Tool)):
             yield cast("Any", value)
         elif isinstance(value, (list, tuple)):
             for item in cast("Sequence[object]", value):
@@ -192,7 +217,7 @@ def reachable(function: Callable[..., Any]) -> Iterator[Step[..., Any, Any] | Pr
         elif inspect.isfunction(value) and value.__module__.partition(".")[0] == package:
             yield from named(value)
 
-    def named(function: Callable[..., Any]) -> Iterator[Step[..., Any, Any] | Program[Any, Any]]:
+    def named(function: Callable[..., Any]) -> Iterator[Reached]:
         codes = list(_code(function.__code__))
         names = {name for code in codes for name in code.co_names}
         read = {name for code in codes for name in _variables(code)}

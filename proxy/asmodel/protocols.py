@@ -89,6 +89,15 @@ class Listable(Protocol):
 
 
 @runtime_checkable
+class Clearable(Protocol):
+    """A store that can throw away what it holds."""
+
+    async def clear(self, tag: str | None = None, older_than: float | None = None) -> int:
+        """Delete every entry, those of one tag, or those written over `older_than` seconds ago; says how many."""
+        ...
+
+
+@runtime_checkable
 class Openable(Protocol):
     """Anything with a life: opened before the first use, closed after the last, on the same event loop."""
 

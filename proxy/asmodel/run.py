@@ -9,18 +9,29 @@ import logging
 import random
 import traceback
 from collections import Counter
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    overload,
+    runtime_checkable,
+)
 
 import orjson
 from opentelemetry import trace
 
-from asmodel import tracing
+from asmodel import structured, tracing
 from asmodel.budget import Budget, Limits
 from asmodel.calls import (
     JSON,
@@ -41,6 +52,7 @@ from asmodel.calls import (
     canonical,
     describe,
 )
+from asmodel.effects import Journal
 from asmodel.errors import (
     AsmodelError,
     DeadlineExceeded,
@@ -50,12 +62,17 @@ from asmodel.errors import (
     StepError,
     Unsupported,
 )
+from asmodel.meter import UNMEASURED, Meter
 from asmodel.programs import Answer, Out, ParamsT, Program
 from asmodel.progress import Progress
 from asmodel.protocols import Cache, Counting, Detecting, Upstream
 from asmodel.steps import Prompt, Step, asked_again
-from asmodel.tools import Tool
+from asmodel.tags import tag
+from asmodel.tools import KEY_ARGUMENT, Tool
 from asmodel.upstreams import Cached, name_of
+
+if TYPE_CHECKING:
+    from asmodel.planning import Plan
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -154,15 +171,20 @@ class Run(Generic[ParamsT]):
         store: Cache | None = None,
         emit: Emit | None = None,
         depth: int = 0,
+        journal: Journal | None = None,
+        now: datetime | None = None,
+        plan: Plan | None = None,
+        meter: Meter = UNMEASURED,
     ) -> None:
         self.id = id
+        self.meter = meter
         self.program = program
         self.request = request
         self.params = params
         self.messages = request.messages
         self.documents = request.documents
-        self.now = datetime.now(UTC)
-        """When the run started; the same for the whole run."""
+        self.now = now or (journal.now if journal is not None else datetime.now(UTC))
+        """When the run started; the same for the whole run, and for a retry that is known by its Idempotency-Key."""
         self.budget = budget or Budget()
         self.deadline = deadline
         """When the run must have ended, on the clock of the event loop, in seconds."""
@@ -183,6 +205,8 @@ class Run(Generic[ParamsT]):
         self._scope = scope
         self._store = store
         self._emit = emit
+        self._journal = journal
+        self._plan = plan
         self._draws: Counter[bytes] = Counter()
         self._tools: dict[str, Tool[..., Any]] = {}
         self._best: str | Answer | None = None
@@ -248,7 +272,8 @@ class Run(Generic[ParamsT]):
     async def reply(self, thing: Any, /, *args: Any, **kwargs: Any) -> str:
         """Run the step (or program) whose text *is* the answer: it streams to the client as it is generated.
 
-        At most once a run; return the text unchanged. It is not asked again, and the client's sampling hints go to it.
+        At most once a run; return the text unchanged. The client's sampling hints go to it. It is not asked again, but
+        where the client wants an answer of a certain shape, which is held until it fits.
         """
         if self._replying:
             raise ProgramError(f'program "{self.program.name}" called run.reply twice; one reply is the answer')
@@ -272,7 +297,12 @@ class Run(Generic[ParamsT]):
         call = self._hint(self._call(step, args, kwargs))
         if emit is not None and isinstance(call, Chat) and call.tools:
             emit = None  # Held: text before a tool call must not leave until it is known that none follows.
-        value, self.replied = await self._ask(step, call, asks=1, emit=emit)
+        asks = 1
+        check = structured.reader(call.params.get("response_format")) if isinstance(call, Chat) else None
+        if check is not None:
+            # Held too, until it is known to fit; and if it does not, it is asked for once more.
+            emit, asks, step = None, 2, replace(step, reader=check)
+        value, self.replied = await self._ask(step, call, asks=asks, emit=emit)
         return cast("str", value)
 
     async def _leaving(self, delta: Delta) -> None:
@@ -434,7 +464,10 @@ class Run(Generic[ParamsT]):
         terms = self._terms(step, emit)
         draw = call.draw if isinstance(call, (Chat, Completion)) else None
         self._progress.started(step.name)
-        with tracing.step_span(step.name, program=self.program.name, kind=call.kind, draw=draw) as span:
+        with (
+            tracing.step_span(step.name, program=self.program.name, kind=call.kind, draw=draw) as span,
+            self.meter.step(self.program.name, step.name) as timing,
+        ):
             for ask in range(1, asks + 1):
                 reply = await upstream.send(call, terms)
                 try:
@@ -444,6 +477,7 @@ class Run(Generic[ParamsT]):
                         tracing.record_step(span, reply, asks=ask, cache=terms.cache.mode)
                         raise self._unreadable(step, reply, str(error), ask) from error
                     self._progress.asked_again(step.name)
+                    self.meter.asked_again(self.program.name, step.name)
                     call = asked_again(call, reply, str(error))
                     continue
                 except AsmodelError:
@@ -460,6 +494,7 @@ class Run(Generic[ParamsT]):
                 elif reply.source == "joined":
                     self.budget.joined += 1
                 tracing.record_step(span, reply, asks=ask, cache=terms.cache.mode)
+                timing.replied(reply, cache=terms.cache.mode)
                 self._progress.finished(step.name, reply.source)
                 return value, reply
         raise AssertionError("unreachable: a step is asked at least once")
@@ -508,6 +543,10 @@ class Run(Generic[ParamsT]):
             store=self._store,
             emit=emit,
             depth=self.depth + 1,
+            journal=self._journal,
+            now=self.now,
+            plan=self._plan,
+            meter=self.meter,
         )
         return inner, await execute(inner)
 
@@ -518,16 +557,38 @@ class Run(Generic[ParamsT]):
                 stored = _tool_result(await self._store.get(key))
                 if stored is not None:
                     return stored[0]
-            if inspect.iscoroutinefunction(tool.function):
-                result = await tool.function(**arguments)
-            else:
-                result = await asyncio.to_thread(tool.function, **arguments)
-            if inspect.isawaitable(result):
-                result = await result
+            if self._plan is not None:
+                return await self._plan.stop(self.program.name, tool.name, "tool")
+            if tool.effect:
+                return await self._perform(tool, arguments)
+            result = await _act(tool, arguments)
             if key is not None and self._store is not None and self._cache.mode in ("on", "refresh"):
                 value = _stored_result(tool, result)
-                await self._store.set(key, value, tag=f"{self.program.name}/{tool.name}")
+                await self._store.set(key, value, tag=tag(self.program.name, tool.name, self._scope))
             return result
+
+    async def _perform(self, tool: Tool[..., Any], arguments: dict[str, Any]) -> Any:
+        if self._journal is None:
+            raise InvalidRequest(
+                f'program "{self.program.name}" calls "{tool.name}", an effect that must not be repeated; send an '
+                "Idempotency-Key header, new for each request and the same for its retries",
+                param="Idempotency-Key",
+                code="idempotency_key_required",
+            )
+        try:
+            plain = tool.plain(arguments)
+            asked = hashlib.sha256(canonical(["effect", tool.name, plain])).digest()
+        except ValueError:
+            raise ProgramError(
+                f'tool "{tool.name}" has effect=True, so its arguments must be JSON, or what pydantic makes JSON of'
+            ) from None
+        self._draws[asked] += 1
+
+        def act(key: str) -> Awaitable[Any]:
+            return _act(tool, {**arguments, KEY_ARGUMENT: key} if tool.takes_key else arguments)
+
+        place = f"{self._path}/{self._draws[asked] - 1}"
+        return await self._journal.perform(tool.name, plain, place, act, repeatable=tool.takes_key)
 
     def _tool_key(self, tool: Tool[..., Any], arguments: dict[str, Any]) -> str:
         what = {"kind": "tool", "name": tool.name, "version": tool.version, "source": tool.digest}
@@ -546,6 +607,13 @@ class Run(Generic[ParamsT]):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._tasks.difference_update(tasks)
+
+
+async def _act(tool: Tool[..., Any], arguments: dict[str, Any]) -> Any:
+    if inspect.iscoroutinefunction(tool.function):
+        return await tool.function(**arguments)
+    result = await asyncio.to_thread(tool.function, **arguments)
+    return await result if inspect.isawaitable(result) else result
 
 
 def _misfit(step: Step[..., Any, Any], args: Any, kwargs: Any) -> str | None:
@@ -603,7 +671,11 @@ async def execute(run: Run[Any]) -> Any:
         raise ProgramError(
             f'program "{program.name}" is nested more than {DEPTH} deep; does a role lead back to the program itself?'
         )
-    with tracing.run_span(program.name, digest=program.digest, run_id=run.id, nested=run.depth > 0) as span:
+    nested = run.depth > 0
+    with (
+        tracing.run_span(program.name, digest=program.digest, run_id=run.id, nested=nested) as span,
+        run.meter.run(program.name, nested=nested) as timing,
+    ):
         run.span = span
         try:
             answer = await _within_deadline(run)
@@ -613,6 +685,7 @@ async def execute(run: Run[Any]) -> Any:
                 raise
             log.info("run %s: %s; its best answer so far is returned", run.id, error)
             run.limited = True
+            timing.limited(error.param or "")
             # Of the type that the program returns, for the program that it may be nested in.
             return replace(best, finish="length") if isinstance(best, Answer) else best
         except AsmodelError:

@@ -194,6 +194,8 @@ def _supervise(settings: Settings, config: Path | None, sock: socket.socket, *, 
     import uvicorn
     from uvicorn.supervisors import ChangeReload, Multiprocess
 
+    from asmodel.metric_store import shared_folder
+
     _set_up_log()
     made = _config("asmodel.server:worker", settings)
     if reload:
@@ -214,7 +216,10 @@ def _supervise(settings: Settings, config: Path | None, sock: socket.socket, *, 
         ChangeReload(made, target=uvicorn.Server(made).run, sockets=[sock]).run()
     else:
         supervisor = Multiprocess(made, sockets=[sock])
-        supervisor.run()
+        with shared_folder() as variables:
+            # The workers inherit it, those that take the place of others too.
+            os.environ.update(variables)
+            supervisor.run()
         if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
             sys.exit(1)
 

@@ -7,19 +7,22 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from asmodel import structured
 from asmodel.budget import Budget, Limits
 from asmodel.calls import JSON, CachePolicy, Chat, Document, Emit, Message, Reply, Terms
-from asmodel.errors import AsmodelError, Draining, InvalidRequest
+from asmodel.errors import AsmodelError, Draining, InvalidRequest, LimitExceeded
+from asmodel.meter import UNMEASURED, Meter
 from asmodel.models import Model, Models, ServedProgram
 from asmodel.programs import Answer
 from asmodel.progress import Progress
 from asmodel.protocols import Cache
 from asmodel.run import Request, Run, execute, finished, require
+from asmodel.upstreams import name_of
 
 LOADING = 60.0
 """Seconds that a request waits for the upstreams to be opened, before it is told to come back."""
@@ -46,6 +49,10 @@ class Asked:
     """None where the request says nothing of it."""
     scope: str = ""
     n: int = 1
+    usage_asked: bool = False
+    """Whether a stream's usage chunk was asked for."""
+    identity: str | None = None
+    """What names the run for its client: its `Idempotency-Key`."""
     ignored: tuple[str, ...] = ()
     """Names of what was sent and has no meaning for this model."""
 
@@ -86,8 +93,10 @@ class Service:
         program_limits: Mapping[str, Limits] | None = None,
         cache_programs: bool = True,
         cache_upstreams: bool = False,
+        meter: Meter = UNMEASURED,
     ) -> None:
         self.models = models
+        self.meter = meter
         self.store = store
         self.draining = False
         self.ready = asyncio.Event()
@@ -141,6 +150,8 @@ class Service:
             raise Draining("the server is still loading", code="loading", retry_after=5.0) from None
         if self.draining:
             raise stopping()
+        if isinstance(model, ServedProgram):
+            structured.reader(asked.shape.get("response_format"))
         limits = self._limits.tightened(asked.limits)
         if isinstance(model, ServedProgram):
             limits = limits.tightened(self._program_limits.get(model.program.name, Limits()))
@@ -148,14 +159,50 @@ class Service:
         if isinstance(model, ServedProgram):
             with budget.asking():  # An upstream that must try before it can say what it can is asked here, once.
                 await require(model.program, self.models.cast(model, asked.roles))
+        if limits.cost is not None:
+            self._refuse_unpriced(model, asked)
         deadline = None if limits.seconds is None else asyncio.get_running_loop().time() + limits.seconds
         id = f"run_{secrets.token_hex(8)}"
         return Job(id=id, model=model, asked=asked, budget=budget, deadline=deadline, params=params)
 
-    async def answer(self, job: Job, choice: int = 0, emit: Emit | None = None) -> Outcome:
-        """One choice. Equal requests in flight share steps, never runs. Raises AsmodelError, and nothing else."""
+    def _refuse_unpriced(self, model: Model, asked: Asked) -> None:
+        """A cost that cannot be known cannot be limited."""
+        if isinstance(model, ServedProgram):
+            cast = self.models.cast(model, asked.roles)
+            players = [cast.play(step.role) for step in model.program.steps]
+        else:
+            players = [model.upstream]
+        for player in players:
+            if getattr(player, "priced", None) is False:
+                raise InvalidRequest(
+                    f'the cost of "{name_of(player)}" is not known, so it cannot be limited: set its price '
+                    f"([upstreams.{name_of(player)}] price = {{ input = …, output = … }}), or limit calls or tokens",
+                    param="asmodel.limits.cost",
+                )
+
+    async def passes_on(self, job: Job) -> bool:
+        """Whether the upstream's own bytes go to the client: it speaks OpenAI's format, and no cache is asked first."""
+        if isinstance(job.model, ServedProgram) or self._policy(job).mode != "off":
+            return False
+        return (await job.model.upstream.capabilities()).verbatim
+
+    def _policy(self, job: Job) -> CachePolicy:
+        on = self._cache_programs if isinstance(job.model, ServedProgram) else self._cache_upstreams
+        return job.asked.cache or CachePolicy(mode="on" if on else "off")
+
+    async def answer(
+        self,
+        job: Job,
+        choice: int = 0,
+        emit: Emit | None = None,
+        verbatim: Callable[[bytes], Awaitable[None]] | None = None,
+    ) -> Outcome:
+        """One choice, or with `verbatim` all of them, as the upstream sent them.
+
+        Equal requests in flight share steps, never runs. Raises AsmodelError, and nothing else.
+        """
         try:
-            return await self._answer(job, choice, emit)
+            return await self._answer(job, choice, emit, verbatim)
         except AsmodelError:
             raise
         except Exception as error:
@@ -163,10 +210,11 @@ class Service:
             log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             raise AsmodelError(f"asmodel itself failed ({type(error).__name__}); its log says where") from error
 
-    async def _answer(self, job: Job, choice: int, emit: Emit | None) -> Outcome:
+    async def _answer(
+        self, job: Job, choice: int, emit: Emit | None, verbatim: Callable[[bytes], Awaitable[None]] | None
+    ) -> Outcome:
         model, asked = job.model, job.asked
-        on = self._cache_programs if isinstance(model, ServedProgram) else self._cache_upstreams
-        cache = asked.cache or CachePolicy(mode="on" if on else "off")
+        cache = self._policy(job)
         if isinstance(model, ServedProgram):
             run: Run[Any] = Run(
                 model.program,
@@ -182,6 +230,7 @@ class Service:
                 deadline=job.deadline,
                 store=self.store,
                 emit=emit,
+                meter=self.meter,
             )
             answer = finished(run, await execute(run))
             return Outcome(answer=answer, reply=run.replied, hinted=run.hinted)
@@ -196,6 +245,9 @@ class Service:
         )
         terms = Terms(
             emit=emit,
+            verbatim=verbatim,
+            n=asked.n if verbatim is not None else 1,
+            usage_asked=asked.usage_asked,
             run_id=job.id,
             step=model.name,
             scope=asked.scope,
@@ -204,7 +256,13 @@ class Service:
             budget=job.budget,
             progress=job.progress,
         )
-        reply = await model.upstream.send(call, terms)
+        try:
+            with self.meter.step("", model.name) as timing:
+                reply = await model.upstream.send(call, terms)
+                timing.replied(reply, cache=cache.mode)
+        except LimitExceeded as error:
+            self.meter.refused(error.param or "")
+            raise
         if reply.source == "hit":
             job.budget.hits += 1
             job.budget.saved += reply.usage

@@ -224,6 +224,15 @@ class CacheSettings(_WithOptions):
     upstreams: bool = Field(default=False, description="Whether calls that are passed through are cached.")
 
 
+class IdempotencySettings(_Table):
+    """Requests that their client names, by the header `Idempotency-Key`: those with one name are one run."""
+
+    grace_seconds: Number = Field(
+        default=60, ge=0, description="Seconds that such a run goes on after its client has left."
+    )
+    keep_seconds: Number = Field(default=600, ge=0, description="Seconds that its answer is kept for a repeat.")
+
+
 class TraceSettings(_Table):
     """The traces that are kept on this machine; OpenTelemetry itself is set by its own `OTEL_*` variables."""
 
@@ -233,6 +242,15 @@ class TraceSettings(_Table):
         description="The file that they are kept in.",
         json_schema_extra={"default_words": "`asmodel/traces.sqlite` in `$XDG_STATE_HOME`, or in `~/.local/state`"},
     )
+
+
+class MetricsSettings(_Table):
+    """Who may read `/metrics`. Whoever may ask for answers may; without keys, this machine."""
+
+    key: SecretStr | None = Field(
+        default=None, description="A key that reads the metrics and nothing else; `env:NAME` takes it from there."
+    )
+    open: bool = Field(default=False, description="Whether the metrics can be read by anyone, without a key.")
 
 
 class Settings(BaseSettings):
@@ -262,6 +280,10 @@ class Settings(BaseSettings):
     cache: CacheSettings = Field(default=CacheSettings(), description="Where the answers of steps are kept.")
     limits: LimitsSettings = Field(default=LimitsSettings(), description="Bounds of every run and of every request.")
     traces: TraceSettings = Field(default=TraceSettings(), description="The traces that are kept on this machine.")
+    metrics: MetricsSettings = Field(default=MetricsSettings(), description="Who may read `/metrics`.")
+    idempotency: IdempotencySettings = Field(
+        default=IdempotencySettings(), description="Requests that their client names, by the header `Idempotency-Key`."
+    )
     drain_seconds: Number = Field(
         default=30, ge=0, description="Seconds that requests may take to end when the server is told to stop."
     )
@@ -332,7 +354,7 @@ def load(
         layer = layer.over(read_environment(variables, Settings, written.values).over(written))
     else:
         layer = layer.over(read_environment(variables, Settings, {}))
-    resolve_environment_references(layer, variables, ("upstreams", "cache", "keys"))
+    resolve_environment_references(layer, variables, ("upstreams", "cache", "keys", "metrics"))
     _add_places(layer.values, variables)
     # BaseSettings takes instructions to itself under names that start so, and no setting does.
     for name in [name for name in layer.values if name.startswith("_")]:

@@ -27,6 +27,7 @@ INTERNAL = {
     "ASMODEL_CONFIG": "The settings file, where no `--config` names one.",
     "ASMODEL_FLAGS": "Set by the server for its own workers: the flags that it was started with.",
     "ASMODEL_EMBEDDED_ADDRESS": "Set by the server for its own workers: where the embedded model listens.",
+    "ASMODEL_METRICS_FOLDER": "Set by the server for its own workers: where they add up their metrics.",
     "ASMODEL_EMBEDDED_KEY": "Set by the server for its own workers: the key of the embedded model.",
 }
 """Variables that start like a setting and are none, with what they are for."""

@@ -19,6 +19,9 @@ P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 T = TypeVar("T")
 
+KEY_ARGUMENT = "idempotency_key"
+"""The argument of an effect that is given a key, equal for each attempt at it. No model is told of it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tool(Generic[P, R]):
@@ -29,9 +32,18 @@ class Tool(Generic[P, R]):
     description: str
     cache: bool = False
     version: str = ""
+    effect: bool = False
+    """Whether it must not happen twice: what it did is journalled, and a retry of the run gets its result again."""
 
     def __post_init__(self) -> None:
+        if self.effect and self.cache:
+            raise TypeError(f'tool "{self.name}": cache=True and effect=True exclude each other; an effect is kept')
         resemble(self, self.function)
+
+    @cached_property
+    def takes_key(self) -> bool:
+        """Whether an effect has an argument for the key by which the other side knows a repetition."""
+        return self.effect and KEY_ARGUMENT in inspect.signature(self.function).parameters
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """The plain function, with no run around it: neither traced nor cached."""
@@ -54,6 +66,8 @@ class Tool(Generic[P, R]):
         for parameter in inspect.signature(self.function).parameters.values():
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise TypeError(f'tool "{self.name}": argument {parameter.name} must have a name of its own')
+            if self.effect and parameter.name == KEY_ARGUMENT:
+                continue  # The run's to give, and nobody else's.
             kind = hints.get(parameter.name, Any)
             fields[parameter.name] = kind if parameter.default is parameter.empty else NotRequired[kind]
         make: Any = TypedDict  # Checkers know TypedDict as a declaration only; here it is made at run time.
@@ -75,8 +89,11 @@ class Tool(Generic[P, R]):
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         """The arguments by name."""
-        bound = inspect.signature(self.function).bind(*args, **kwargs)
-        return dict(bound.arguments)
+        signature = inspect.signature(self.function)
+        if not self.takes_key:
+            return dict(signature.bind(*args, **kwargs).arguments)
+        others = [p for name, p in signature.parameters.items() if name != KEY_ARGUMENT]
+        return dict(signature.replace(parameters=others).bind(*args, **kwargs).arguments)
 
     def plain(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments as JSON, as they are keyed: what a model asks for and what a program passes are one call.
@@ -115,18 +132,31 @@ def tool(function: Callable[P, Awaitable[T]], /) -> Tool[P, T]: ...
 @overload
 def tool(function: Callable[P, T], /) -> Tool[P, T]: ...
 @overload
-def tool(*, name: str | None = None, cache: bool = False, version: str = "") -> ToolDecorator: ...
 def tool(
-    function: Callable[..., Any] | None = None, /, *, name: str | None = None, cache: bool = False, version: str = ""
+    *, name: str | None = None, cache: bool = False, version: str = "", effect: bool = False
+) -> ToolDecorator: ...
+def tool(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    cache: bool = False,
+    version: str = "",
+    effect: bool = False,
 ) -> Any:
     """Make a tool of a function; its first docstring paragraph is what a model reads of it.
 
     `cache=True` keeps its JSON result, keyed by the arguments, `version` and the source of the function itself; raise
     `version` when something that it calls has changed.
+
+    `effect=True` is for what must not happen twice. The request needs an `Idempotency-Key`; a retry with the same key
+    does not do again what was done. If it is not known whether it was, because the process died meanwhile, the retry
+    ends in an error that says so, unless the function has an argument `idempotency_key: str = ""`: it is then called
+    again with the same key, for the other side to know it by.
     """
 
     def make(function: Callable[..., Any]) -> Tool[..., Any]:
         description = inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        return Tool(name or function.__name__, function, description, cache, version)
+        return Tool(name or function.__name__, function, description, cache, version, effect)
 
     return make if function is None else make(function)

@@ -15,24 +15,28 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+import orjson
+from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 
-from asmodel import tracing
+from asmodel import trace_content, tracing
 from asmodel.trace_store import LocalTraces
 
 if TYPE_CHECKING:
+    from opentelemetry._logs import LoggerProvider
     from opentelemetry.context import Context
+    from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
     from opentelemetry.trace import Link, SpanKind, TraceState
     from opentelemetry.util.types import Attributes
 
@@ -50,7 +54,8 @@ class Tracing:
 
     Several may live in one process: the newest that has not been shut down takes new spans, and a span that has begun
     ends where it began. A provider that somebody else has made global (`opentelemetry-instrument`, a host program) is
-    not doubled: it exports as it was told to, and the local file is added to it.
+    not doubled: it exports as it was told to, and the local file is added to it. Its sampler is its own, too: what a
+    request asks for by `tracing.start_request(force=True)` is then left to it.
     """
 
     def __init__(
@@ -59,13 +64,16 @@ class Tracing:
         local: Path | None = None,
         service_name: str = "asmodel",
         local_runs: int = 1_000,
+        redact: trace_content.Redactor | None = None,
+        content_bytes: int = trace_content.LIMIT,
+        hosts: Sequence[str] = (),
         processors: Sequence[SpanProcessor] = (),
     ) -> None:
-        """`processors` are further receivers of spans, given to the provider as they are."""
+        """`processors` are further receivers of spans, given to the provider as they are. The rest: `configure`."""
         self.local: LocalTraces | None = None
         """The writer of the local file, where there is one."""
         self._provider: trace.TracerProvider | None = None
-        self._exporting: list[BatchSpanProcessor] = []
+        self._exporting: list[BatchSpanProcessor | BatchLogRecordProcessor] = []
         self._exporters: list[_Patient] = []
         self._others = list(processors)
         self._closed = False
@@ -79,8 +87,7 @@ class Tracing:
             provider = host
         else:
             provider = TracerProvider(resource=_resource(service_name), shutdown_on_exit=False)
-            if self.local is not None:
-                provider.sampler = _RecordAll(provider.sampler)
+            provider.sampler = _Sampler(provider.sampler, record_all=self.local is not None)
             feeds += self._exports()
             if isinstance(host, trace.ProxyTracerProvider):
                 # So that a span that a program makes by OpenTelemetry's own API is part of its run.
@@ -88,19 +95,54 @@ class Tracing:
         for processor in [*feeds, *self._others]:
             provider.add_span_processor(processor)
         self._provider = provider
-        tracing.install(provider)
+        content = trace_content.read(os.environ, redact=redact, limit=content_bytes)
+        events = None
+        if content is not None and content.in_events:
+            events = self._events(_resource(service_name))
+        tracing.install(provider, content=content, events=events, hosts=hosts)
         atexit.register(self.shutdown)
 
     def _exports(self) -> list[SpanProcessor]:
-        for name in _exporter_names():
+        made: list[SpanProcessor] = []
+        for name in _exporter_names("TRACES"):
             try:
                 exporter, target = _exporter(name)
                 patient = _Patient(exporter, target)
-                self._exporting.append(BatchSpanProcessor(patient))
+                processor = BatchSpanProcessor(patient)
+                made.append(processor)
+                self._exporting.append(processor)
                 self._exporters.append(patient)
             except (ValueError, ImportError, OSError) as error:
                 log.warning("traces are not exported by %s: %s", name, error)
-        return list(self._exporting)
+        return made
+
+    def _events(self, resource: Resource) -> tracing.Events | None:
+        """Where events with content go: log records, by the variables for logs."""
+        from opentelemetry.sdk._logs import LoggerProvider
+        from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
+
+        provider = LoggerProvider(resource=resource, shutdown_on_exit=False)
+        told = False
+        for name in _exporter_names("LOGS"):
+            try:
+                exporter, target = _log_exporter(name)
+                patient = _Patient(exporter, target, "events with content")
+                # What a batch of log records needs of an exporter is what a batch of spans needs of one.
+                processor = BatchLogRecordProcessor(cast("Any", patient))
+                provider.add_log_record_processor(processor)
+                self._exporting.append(processor)
+                self._exporters.append(patient)
+                told = True
+            except (ValueError, ImportError, OSError) as error:
+                log.warning("events with content are not exported by %s: %s", name, error)
+        if not told:
+            log.warning(
+                "%s asks for content in events, and no exporter of logs is set: it goes nowhere; on spans "
+                "(SPAN_ONLY) it is seen in Jaeger and by `asmodel trace`",
+                trace_content.VARIABLE,
+            )
+            return None
+        return _Events(provider)
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all spans that have ended are written and sent; False where `timeout` seconds were not enough.
@@ -159,10 +201,10 @@ def _resource(service_name: str) -> Resource:
     return resource.merge(Resource(ours))
 
 
-def _exporter_names() -> list[str]:
-    named = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()
+def _exporter_names(signal: str) -> list[str]:
+    named = os.environ.get(f"OTEL_{signal}_EXPORTER", "").strip()
     if not named:
-        endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+        endpoints = (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
         return ["otlp"] if any(os.environ.get(name) for name in endpoints) else []
     names = [name.strip().lower() for name in named.split(",")]
     return [name for name in dict.fromkeys(names) if name and name != "none"]
@@ -175,38 +217,72 @@ def _exporter(name: str) -> tuple[SpanExporter, str]:
         return ConsoleSpanExporter(out=sys.stderr), "the console"
     if name != "otlp":
         raise ValueError("OTEL_TRACES_EXPORTER takes otlp, console and none")
+    return _otlp("TRACES", "trace_exporter", "OTLPSpanExporter")
+
+
+def _log_exporter(name: str) -> tuple[Any, str]:
+    if name == "console":
+        from opentelemetry.sdk._logs.export import ConsoleLogRecordExporter
+
+        return ConsoleLogRecordExporter(out=sys.stderr), "the console"
+    if name != "otlp":
+        raise ValueError("OTEL_LOGS_EXPORTER takes otlp, console and none")
+    return _otlp("LOGS", "_log_exporter", "OTLPLogExporter")
+
+
+def _otlp(signal: str, module: str, exporter: str) -> tuple[Any, str]:
     protocol = (
-        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+        os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL")
         or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
         or "http/protobuf"
     )
-    if protocol == "grpc":
-        try:
-            module: Any = importlib.import_module("opentelemetry.exporter.otlp.proto.grpc.trace_exporter")
-        except ImportError as error:
-            raise ImportError(
-                "OTEL_EXPORTER_OTLP_PROTOCOL=grpc needs the package opentelemetry-exporter-otlp-proto-grpc; "
-                "http/protobuf (port 4318) needs nothing more"
-            ) from error
-        exporter: SpanExporter = module.OTLPSpanExporter()
-    elif protocol == "http/protobuf":
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-        exporter = OTLPSpanExporter()
-    else:
+    if protocol not in ("grpc", "http/protobuf"):
         raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL takes http/protobuf and grpc, not {protocol!r}")
-    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    try:
+        found: Any = importlib.import_module(f"opentelemetry.exporter.otlp.proto.{protocol.partition('/')[0]}.{module}")
+    except ImportError as error:
+        raise ImportError(
+            "OTEL_EXPORTER_OTLP_PROTOCOL=grpc needs the package opentelemetry-exporter-otlp-proto-grpc; "
+            "http/protobuf (port 4318) needs nothing more"
+        ) from error
+    variables = (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    endpoint = next((os.environ[name] for name in variables if os.environ.get(name)), "")
     # Neither user, password nor query: they may be keys.
-    parts = urlsplit(endpoint or "")
-    return exporter, f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname or "the OTLP collector"
+    parts = urlsplit(endpoint)
+    target = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname or "the OTLP collector"
+    return getattr(found, exporter)(), target
+
+
+class _Events:
+    """Makes a log record of each event."""
+
+    def __init__(self, provider: LoggerProvider) -> None:
+        self._logger = provider.get_logger(tracing.SCOPE, schema_url=tracing.SCHEMA_URL)
+
+    def __call__(self, attributes: Mapping[str, Any]) -> None:
+        from opentelemetry._logs import LogRecord, SeverityNumber
+
+        now = time.time_ns()
+        self._logger.emit(
+            LogRecord(
+                timestamp=now,
+                observed_timestamp=now,
+                severity_number=SeverityNumber.INFO,
+                event_name=tracing.DETAILS_EVENT,
+                # As JSON it was for spans, which hold nothing that is nested.
+                attributes={n: orjson.loads(v) if n in tracing.CONTENT else v for n, v in attributes.items()},
+                context=otel_context.get_current(),
+            )
+        )
 
 
 class _Patient(SpanExporter):
     """An exporter whose outage is one warning, and whose return is one line."""
 
-    def __init__(self, exporter: SpanExporter, target: str) -> None:
+    def __init__(self, exporter: SpanExporter, target: str, what: str = "traces") -> None:
         self._exporter = exporter
         self._target = target
+        self._what = what
         self._down = False
         self._closing = threading.Lock()
         self._closed = False
@@ -222,11 +298,11 @@ class _Patient(SpanExporter):
         except Exception as error:  # the exporter's thread must live on, whatever a transport raises
             self._warn(type(error).__name__)
             return SpanExportResult.FAILURE
-        if result is not SpanExportResult.SUCCESS:
+        if result.name != SpanExportResult.SUCCESS.name:
             self._warn("not accepted")
         elif self._down:
             self._down = False
-            log.info("traces are delivered to %s again", self._target)
+            log.info("%s are delivered to %s again", self._what, self._target)
         return result
 
     def _warn(self, reason: str) -> None:
@@ -234,8 +310,9 @@ class _Patient(SpanExporter):
         if not self._down and now - self._last_warned >= WARN_EVERY:
             self._last_warned = now
             log.warning(
-                "traces are not delivered to %s (%s); requests are not affected, spans are dropped, and this is said "
-                "once until it works again",
+                "%s are not delivered to %s (%s); requests are not affected, what does not fit is dropped, and this is "
+                "said once until it works again",
+                self._what,
                 self._target,
                 reason,
             )
@@ -293,11 +370,15 @@ class _Noise(logging.Filter):
         return False
 
 
-class _RecordAll(Sampler):
-    """Leaves what is exported to the configured sampler, and records the rest too, for the local file only."""
+class _Sampler(Sampler):
+    """Leaves what is exported to the configured sampler, but for what was forced; and records the rest where told to.
 
-    def __init__(self, exported: Sampler) -> None:
+    What is recorded and not exported is for the local file only.
+    """
+
+    def __init__(self, exported: Sampler, *, record_all: bool) -> None:
         self._exported = exported
+        self._record_all = record_all
 
     def should_sample(
         self,
@@ -310,13 +391,15 @@ class _RecordAll(Sampler):
         trace_state: TraceState | None = None,
     ) -> SamplingResult:
         result = self._exported.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
-        if result.decision is Decision.DROP:
+        if result.decision is not Decision.RECORD_AND_SAMPLE and otel_context.get_value(tracing.FORCED, parent_context):
+            return SamplingResult(Decision.RECORD_AND_SAMPLE, attributes, result.trace_state)
+        if result.decision is Decision.DROP and self._record_all:
             # The SDK's DROP comes without the attributes, since nothing would have read them.
             return SamplingResult(Decision.RECORD_ONLY, attributes, result.trace_state)
         return result
 
     def get_description(self) -> str:
-        return f"RecordAll({self._exported.get_description()})"
+        return f"Asmodel({self._exported.get_description()})"
 
 
 class LocalFeed(SpanProcessor):

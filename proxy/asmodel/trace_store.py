@@ -1,11 +1,9 @@
-"""The last runs, in a SQLite file of the user's own: what `asmodel trace` reads when nobody runs a collector.
+"""Writes the last runs into a SQLite file of the user's own: what `asmodel trace` reads when nobody runs a collector.
 
-Writing: `LocalTraces` takes spans as they start and end, on whatever thread that happens, and only appends them to a
-bounded queue. One thread for each process writes what has gathered, ten times a second, in one transaction. A span that
-is still open when its turn comes is written as open, so a run in progress can be looked at, and so can one whose
-process was killed. Several processes may write to one file (WAL).
-
-Reading: `runs` and `spans`, on a connection that cannot write.
+`LocalTraces` takes spans as they start and end, on whatever thread that happens, and only appends them to a bounded
+queue. One thread for each process writes what has gathered, ten times a second, in one transaction. A span that is
+still open when its turn comes is written as open, so a run in progress can be looked at, and so can one whose process
+was killed. Several processes may write to one file (WAL). `trace_reader` reads it.
 
 A run is the outermost `invoke_workflow` span of a request; a request that was passed through to a model is a run too.
 Requests in which neither happens (a list of models, a refusal) are not kept.
@@ -23,14 +21,21 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
 
+from asmodel import trace_schema
 from asmodel import tracing as names
+from asmodel.trace_reader import NoSuchTrace as NoSuchTrace
+from asmodel.trace_reader import TraceFileUnreadable as TraceFileUnreadable
+from asmodel.trace_reader import runs as runs
+from asmodel.trace_reader import spans as spans
+from asmodel.trace_schema import SCHEMA, TABLES, Outcome, process
+from asmodel.trace_schema import default_path as default_path
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -39,10 +44,10 @@ log = logging.getLogger("asmodel.tracing")
 
 MAX_RUNS = 1_000
 MAX_BYTES = 64 * 2**20
-MAX_SPANS = 20_000
-"""Spans kept of one run. Those beyond it still count in the run's totals."""
 MAX_DATA = 32 * 2**10
 """Bytes of one span's JSON; beyond it, long texts are cut."""
+MAX_CONTENT = 256 * 2**10
+"""Characters of an attribute with content, which has been cut to its own limit already, inside of its JSON."""
 
 QUEUE = 16_384
 """Spans waiting to be written. Half of it for starts: a span that has been let in can then nearly always end."""
@@ -51,127 +56,7 @@ EVERY = 0.1
 REOPEN_EVERY = 60.0
 """Seconds between two tries to open a file that could not be opened."""
 
-SCHEMA = 1
-
-_TABLES = """
-CREATE TABLE IF NOT EXISTS runs (
-  span_id TEXT PRIMARY KEY, trace_id TEXT NOT NULL, root TEXT NOT NULL, run_id TEXT, program TEXT, model TEXT,
-  start_ns INTEGER NOT NULL, end_ns INTEGER, outcome TEXT, error TEXT, process TEXT NOT NULL, seen_ns INTEGER NOT NULL,
-  spans INTEGER NOT NULL DEFAULT 0, steps INTEGER NOT NULL DEFAULT 0, hits INTEGER NOT NULL DEFAULT 0,
-  joined INTEGER NOT NULL DEFAULT 0, calls INTEGER NOT NULL DEFAULT 0, input_tokens INTEGER NOT NULL DEFAULT 0,
-  output_tokens INTEGER NOT NULL DEFAULT 0, cost REAL NOT NULL DEFAULT 0, unpriced INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS runs_by_start ON runs (start_ns);
-CREATE INDEX IF NOT EXISTS runs_by_seen ON runs (seen_ns, start_ns);
-CREATE INDEX IF NOT EXISTS runs_by_trace ON runs (trace_id);
-CREATE INDEX IF NOT EXISTS runs_by_run ON runs (run_id);
-CREATE TABLE IF NOT EXISTS spans (
-  trace_id TEXT NOT NULL, root TEXT NOT NULL, span_id TEXT NOT NULL, parent_id TEXT, run TEXT,
-  start_ns INTEGER NOT NULL, end_ns INTEGER, data TEXT NOT NULL, PRIMARY KEY (trace_id, root, span_id)
-) WITHOUT ROWID;
-"""
-
 _CALLS = frozenset(names.OPERATIONS.values())
-
-Outcome: TypeAlias = Literal["ok", "error", "cancelled", "running", "lost"]
-
-
-class NoSuchTrace(LookupError):
-    """No run, or more than one, has an id that begins so; the message says which."""
-
-
-class TraceFileUnreadable(OSError):
-    """There is a file, but it is no trace file of this version; the message names it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRow:
-    """One run as `asmodel trace` lists it."""
-
-    trace_id: str
-    span_id: str
-    """The span that is the run."""
-    root: str
-    """The outermost span of the request that it belongs to."""
-    run_id: str | None
-    program: str | None
-    """None where a model was asked and no program."""
-    model: str | None
-    started: float
-    """Unix seconds."""
-    seconds: float | None
-    """How long it took, or has taken so far; None where its process is gone."""
-    outcome: Outcome
-    """`lost`: it had not ended when its process did."""
-    error: str | None
-    """`error.type` of the run."""
-    steps: int
-    hits: int
-    joined: int
-    calls: int
-    """Calls that went out to an upstream, each attempt counted."""
-    input_tokens: int
-    output_tokens: int
-    cost: float | None
-    """US dollars; None where a price is unknown."""
-    dropped: int = 0
-    """Spans of it that are not kept, because there were too many."""
-
-    @property
-    def name(self) -> str:
-        return self.program or self.model or "?"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    name: str
-    time_ns: int
-    attributes: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkTo:
-    trace_id: str
-    span_id: str
-    attributes: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """One span and what happened inside it, in the order in which it began."""
-
-    span_id: str
-    parent_id: str | None
-    name: str
-    kind: str
-    """server, client, internal, producer or consumer."""
-    start_ns: int
-    end_ns: int | None
-    """None where it has not ended: it is running, or its process is gone."""
-    failed: bool
-    attributes: Mapping[str, Any]
-    events: tuple[Event, ...] = ()
-    links: tuple[LinkTo, ...] = ()
-    children: tuple[Node, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
-    """What is kept of one trace, or of the part of it that one request is."""
-
-    trace_id: str
-    runs: tuple[RunRow, ...]
-    roots: tuple[Node, ...]
-    payers: Mapping[str, RunRow] = field(default_factory=dict[str, RunRow])
-    """By span id: the kept runs that paid for what was found in the cache."""
-
-
-def default_path(environ: Mapping[str, str]) -> Path:
-    """Where the file is kept by default: `asmodel/traces.sqlite` in `$XDG_STATE_HOME`, or in `~/.local/state`."""
-    state = environ.get("XDG_STATE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    folder = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
-    return folder / "asmodel" / "traces.sqlite"
 
 
 @dataclass(slots=True)
@@ -427,7 +312,7 @@ class _Writer:
         # A span above the program (the request's own) belongs to no run, and is kept with those that do.
         key = run or live.unit.root
         kept = self._kept[key] = self._kept.get(key, 0) + 1
-        if kept <= MAX_SPANS or live.written:
+        if kept <= trace_schema.MAX_SPANS or live.written:
             self._put(live, span)
         if run is None:
             self._kept.pop(key, None)
@@ -618,7 +503,7 @@ def _connected(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute(f"PRAGMA journal_size_limit = {4 * 2**20}")
         # In one transaction: a reader finds all of it or an empty file.
-        connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
+        connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
     except BaseException:
         connection.close()
         raise
@@ -689,7 +574,20 @@ def _data(span: ReadableSpan) -> str:
             return text.decode()
     except TypeError:
         pass  # what a program may put on its own spans: an integer beyond 64 bits, half of a surrogate pair
-    return orjson.dumps(_tamed(body), default=str).decode()
+    attributes: dict[str, Any] = body["attributes"]
+    content = {name: attributes.pop(name) for name in names.CONTENT if _is_content(attributes.get(name))}
+    tamed = cast("dict[str, Any]", _tamed(body))
+    tamed["attributes"] |= content
+    return orjson.dumps(tamed, default=str).decode()
+
+
+def _is_content(value: object) -> bool:
+    if not isinstance(value, str) or len(value) > MAX_CONTENT:
+        return False
+    try:
+        return bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _body(span: ReadableSpan) -> dict[str, Any]:
@@ -724,244 +622,3 @@ def _tamed(value: object) -> object:
         items = cast("Sequence[object]", value)
         return [_tamed(item) for item in items[:256]]
     return value
-
-
-# -- which process ------------------------------------------------------------------------------------------------
-
-
-def process() -> str:
-    """This process, told from every other one that has had or will have its number, here or on another machine.
-
-    Boot, name space of process numbers, number, and time of start; where the system has no /proc, number and nothing
-    more.
-    """
-    pid = os.getpid()
-    return ":".join((*_place(), str(pid), _began(pid) or ""))
-
-
-def _place() -> tuple[str, str]:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot, os.readlink("/proc/self/ns/pid").strip("pid:[]")
-    except OSError:
-        return "", ""
-
-
-def _began(pid: int) -> str | None:
-    """When the process began, in ticks since boot; None where there is no such process, or no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The second field is the program's name in brackets, which may hold blanks and brackets.
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def is_gone(written: str) -> bool:
-    """Whether the process that `process` named is known to have ended. One in another name space cannot be seen."""
-    try:
-        boot, space, number, began = written.split(":")
-        pid = int(number)
-    except ValueError:
-        return True
-    here_boot, here_space = _place()
-    if boot != here_boot:
-        return True
-    if space != here_space:
-        return False
-    if began:
-        return _began(pid) != began
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-# -- reading --------------------------------------------------------------------------------------------------------
-
-_COLUMNS = (
-    "trace_id, span_id, root, run_id, program, model, start_ns, end_ns, outcome, error, process, steps, hits, joined,"
-    " calls, input_tokens, output_tokens, cost, unpriced, spans"
-)
-
-
-def runs(path: Path, limit: int = 20) -> list[RunRow]:
-    """The last runs, the newest first; none where there is no file. Raises TraceFileUnreadable."""
-    if not path.exists():
-        return []
-    with _reading(path) as connection:
-        if _is_empty(connection):
-            return []
-        rows = connection.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY start_ns DESC LIMIT ?", (limit,)).fetchall()
-    return [_run_row(row) for row in rows]
-
-
-def spans(path: Path, id_prefix: str) -> Trace:
-    """The trace, or the one request, whose trace id or run id begins with `id_prefix`; "last" is the newest run's.
-
-    Raises NoSuchTrace where none or several do, TraceFileUnreadable.
-    """
-    if not path.exists():
-        raise NoSuchTrace(f"no runs are kept yet: there is no {path}")
-    with _reading(path) as connection:
-        if _is_empty(connection):
-            raise NoSuchTrace(f"no runs are kept yet: {path} is empty")
-        found = _find(connection, id_prefix.strip().lower(), path)
-        row = found[0]
-        whole = len({r.root for r in found}) > 1
-        where, values = "trace_id = ?", [row.trace_id]
-        if not whole:
-            where, values = f"{where} AND root = ?", [row.trace_id, row.root]
-        kept = connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE {where} ORDER BY start_ns", values).fetchall()
-        found = [_run_row(r) for r in kept]
-        nodes = [
-            _node(*r)
-            for r in connection.execute(
-                f"SELECT span_id, parent_id, root, run, start_ns, end_ns, data FROM spans WHERE {where}"
-                " ORDER BY start_ns, end_ns DESC",
-                values,
-            )
-        ]
-        links = {(link.trace_id, link.span_id) for node, _ in nodes for link in node.links}
-        payers = _payers(connection, links)
-    return Trace(trace_id=row.trace_id, runs=tuple(found), roots=_tree(nodes), payers=payers)
-
-
-def _find(connection: sqlite3.Connection, wanted: str, path: Path) -> list[RunRow]:
-    if wanted == "last":
-        rows = connection.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY start_ns DESC LIMIT 1").fetchall()
-    else:
-        rows = connection.execute(
-            f"SELECT {_COLUMNS} FROM runs WHERE substr(trace_id, 1, ?) = ? OR lower(substr(run_id, 1, ?)) = ?"
-            " ORDER BY start_ns DESC",
-            (len(wanted), wanted, len(wanted), wanted),
-        ).fetchall()
-    found = [_run_row(row) for row in rows]
-    if not found or not wanted:
-        (count,) = connection.execute("SELECT count(*) FROM runs").fetchone()
-        raise NoSuchTrace(f"no run has an id that begins with {wanted!r}; {count} are kept in {path}")
-    if len({run.trace_id for run in found}) == 1:
-        return found
-    exact = [run for run in found if wanted in (run.trace_id, (run.run_id or "").lower())]
-    if len({run.trace_id for run in exact}) == 1:
-        return exact
-    some = ", ".join(f"{run.run_id or run.trace_id} ({run.name})" for run in found[:5])
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    raise NoSuchTrace(f"{wanted!r} begins the ids of {len(found)} runs: {some}{more}")
-
-
-def _payers(connection: sqlite3.Connection, links: Iterable[tuple[str, str]]) -> dict[str, RunRow]:
-    payers: dict[str, RunRow] = {}
-    cache: dict[str, RunRow] = {}
-    for trace_id, span_id in links:
-        row = connection.execute(
-            "SELECT run FROM spans WHERE trace_id = ? AND span_id = ? AND run IS NOT NULL", (trace_id, span_id)
-        ).fetchone()
-        if row is None:
-            continue
-        (run,) = row
-        if run not in cache:
-            found = connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE span_id = ?", (run,)).fetchone()
-            if found is None:
-                continue
-            cache[run] = _run_row(found)
-        payers[span_id] = cache[run]
-    return payers
-
-
-def _is_empty(connection: sqlite3.Connection) -> bool:
-    """Whether there is nothing in the file yet: another process is about to begin it."""
-    return bool(connection.execute("SELECT count(*) = 0 FROM sqlite_master").fetchone()[0])
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Generator[sqlite3.Connection]:
-    try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
-        try:
-            (found,) = connection.execute("PRAGMA user_version").fetchone()
-            if found != SCHEMA and not _is_empty(connection):
-                raise TraceFileUnreadable(f"{path} is no trace file of this version (it says {found}, not {SCHEMA})")
-            yield connection
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise TraceFileUnreadable(f"{path} cannot be read: {error}") from error
-
-
-def _run_row(row: Sequence[Any]) -> RunRow:
-    (trace_id, span_id, root, run_id, program, model, start, end, outcome, error, process_, *counts) = row
-    steps, hits, joined, calls, input_tokens, output_tokens, cost, unpriced, kept = counts
-    seconds: float | None = None
-    if outcome is None:
-        outcome = "lost" if is_gone(process_) else "running"
-        if outcome == "running":
-            seconds = max(0.0, time.time() - start / 1e9)
-    else:
-        seconds = (end - start) / 1e9
-    return RunRow(
-        trace_id=trace_id,
-        span_id=span_id,
-        root=root,
-        run_id=run_id,
-        program=program,
-        model=model,
-        started=start / 1e9,
-        seconds=seconds,
-        outcome=outcome,
-        error=error,
-        steps=steps,
-        hits=hits,
-        joined=joined,
-        calls=calls,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        cost=None if unpriced else cost,
-        dropped=max(0, kept - MAX_SPANS),
-    )
-
-
-def _node(
-    span_id: str, parent_id: str | None, root: str, run: str | None, start_ns: int, end_ns: int | None, data: str
-) -> tuple[Node, str]:
-    body: dict[str, Any] = orjson.loads(data)
-    node = Node(
-        span_id=span_id,
-        parent_id=parent_id,
-        name=body["name"],
-        kind=body["kind"],
-        start_ns=start_ns,
-        end_ns=end_ns,
-        failed=body["failed"],
-        attributes=body["attributes"],
-        events=tuple(Event(name=n, time_ns=t, attributes=a) for n, t, a in body["events"]),
-        links=tuple(LinkTo(trace_id=t, span_id=s, attributes=a) for t, s, a in body["links"]),
-    )
-    # Where a parent is missing (dropped, or never written), the span hangs under its run, or under the request.
-    return node, run if run is not None and run != span_id else root
-
-
-def _tree(nodes: Sequence[tuple[Node, str]]) -> tuple[Node, ...]:
-    by_id = {node.span_id: node for node, _ in nodes}
-    below: dict[str | None, list[str]] = {}
-    for node, fallback in nodes:
-        parent = node.parent_id
-        if parent not in by_id:
-            parent = fallback if fallback in by_id and fallback != node.span_id else None
-        below.setdefault(parent, []).append(node.span_id)
-    # Built from the leaves, without recursion: a program may nest as deep as it likes.
-    order: list[str] = []
-    stack = list(below.get(None, []))
-    while stack:
-        span_id = stack.pop()
-        order.append(span_id)
-        stack.extend(below.get(span_id, []))
-    built: dict[str, Node] = {}
-    for span_id in reversed(order):
-        children = tuple(built[child] for child in below.get(span_id, []))
-        built[span_id] = replace(by_id[span_id], children=children)
-    return tuple(built[span_id] for span_id in below.get(None, []))

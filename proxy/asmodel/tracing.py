@@ -12,7 +12,9 @@ have no word for is ours: `asmodel.run.*`, `asmodel.step.*`, `asmodel.cache.*`, 
             attempt K               INTERNAL  `record_attempts`; only where there was more than one
         execute_tool NAME           INTERNAL  `tool_span`
 
-No span holds content: no prompt, no answer, no message of an exception (it may quote either).
+No span holds content (no prompt, no answer, no stop sequence) unless the variable that `trace_content` reads asks for
+it. None ever holds the message of an exception, which may quote either. Content is on the span of the call that was
+made; a step that bought nothing has no such span, and carries it itself.
 
 Where spans go is decided by `configure`, which makes its provider the one in use until it is shut down; then the one
 before it is in use again. With none, OpenTelemetry's own global provider is asked, which does nothing until a program
@@ -24,10 +26,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from opentelemetry import context as otel_context
@@ -35,8 +37,9 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from asmodel.calls import CacheMode, Call, Chat, Origin, Reply, Score
+from asmodel.calls import CacheMode, Call, Chat, Message, Origin, Reply, Score, ToolCall
 from asmodel.errors import AsmodelError
+from asmodel.trace_content import LIMIT, Content, Redactor
 
 if TYPE_CHECKING:
     from contextvars import Token
@@ -80,6 +83,17 @@ TOOL_NAME = "gen_ai.tool.name"
 TOOL_TYPE = "gen_ai.tool.type"
 TOOL_CALL_ID = "gen_ai.tool.call.id"
 
+SYSTEM_INSTRUCTIONS = "gen_ai.system_instructions"
+INPUT_MESSAGES = "gen_ai.input.messages"
+OUTPUT_MESSAGES = "gen_ai.output.messages"
+TOOL_DEFINITIONS = "gen_ai.tool.definitions"
+TOOL_ARGUMENTS = "gen_ai.tool.call.arguments"
+TOOL_RESULT = "gen_ai.tool.call.result"
+CONTENT = (SYSTEM_INSTRUCTIONS, TOOL_DEFINITIONS, INPUT_MESSAGES, OUTPUT_MESSAGES, TOOL_ARGUMENTS, TOOL_RESULT)
+"""Where content is, as JSON, on a span that holds any; in the order in which one reads it."""
+DETAILS_EVENT = "gen_ai.client.inference.operation.details"
+"""The conventions' event that holds content; a log record."""
+
 RUN_ID = "asmodel.run.id"
 RUN_PROGRAM = "asmodel.run.program"
 RUN_DIGEST = "asmodel.run.digest"
@@ -94,6 +108,7 @@ RUN_INPUT_TOKENS = "asmodel.run.input_tokens"
 RUN_OUTPUT_TOKENS = "asmodel.run.output_tokens"
 RUN_COST = "asmodel.run.cost"
 RUN_NOTE = "asmodel.run.note"
+RUN_LIMITED = "asmodel.run.limited"
 CANCELLED = "asmodel.cancelled"
 STEP_NAME = "asmodel.step.name"
 STEP_PROGRAM = "asmodel.step.program"
@@ -104,6 +119,7 @@ STEP_INPUT_TOKENS = "asmodel.step.input_tokens"
 STEP_OUTPUT_TOKENS = "asmodel.step.output_tokens"
 STEP_COST = "asmodel.step.cost"
 CACHE_RESULT = "asmodel.cache.result"
+CACHE_PARTS = "asmodel.cache.parts"
 CACHE_AGE = "asmodel.cache.age_s"
 CACHE_SAVED_TOKENS = "asmodel.cache.saved_tokens"
 CACHE_SAVED_COST = "asmodel.cache.saved_cost"
@@ -142,6 +158,15 @@ _NUMBERS = {
 
 _W3C = TraceContextTextMapPropagator()
 
+FORCED = otel_context.create_key("asmodel-forced")
+"""In a context in which every span is exported, whatever the sampler would say."""
+
+Events: TypeAlias = "Callable[[Mapping[str, Any]], None]"
+"""Where events with content go; called with their attributes while the span that they belong to is current."""
+
+WAIT_LEAST = 0.0001
+"""Seconds."""
+
 _STOPPED = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt)
 """Somebody stopped the work; nothing failed."""
 
@@ -156,30 +181,57 @@ class Attempt:
     waited: float = 0.0
 
 
-# The providers in use, the newest last. OpenTelemetry's own holder can be set once a process, which would tie every
-# app that a process builds to the first one.
-_providers: list[trace.TracerProvider] = []
+@dataclass(frozen=True, slots=True, eq=False)
+class _Using:
+    provider: trace.TracerProvider
+    content: Content | None
+    events: Events | None
+    hosts: frozenset[str]
+
+
+# Those in use, the newest last. OpenTelemetry's own holder can be set once a process, which would tie every app that a
+# process builds to the first one. What is asked at every span is kept apart.
+_used: list[_Using] = []
 _tracer: trace.Tracer | None = None
+_content: Content | None = None
+_events: Events | None = None
+_hosts: frozenset[str] = frozenset()
 
 
-def install(provider: trace.TracerProvider) -> None:
-    """Make `provider` the one that new spans come from."""
-    global _tracer
-    _providers.append(provider)
-    _tracer = _tracer_of(provider)
+def install(
+    provider: trace.TracerProvider,
+    *,
+    content: Content | None = None,
+    events: Events | None = None,
+    hosts: Sequence[str] = (),
+) -> None:
+    """Make `provider` the one that new spans come from.
+
+    `content` says what of it they may hold; `hosts` are those that are told the trace: `host`, `host:port`, `*.suffix`.
+    """
+    _used.append(_Using(provider, content, events, frozenset(host.lower() for host in hosts)))
+    _use_newest()
 
 
 def remove(provider: trace.TracerProvider) -> None:
     """Take `provider` out; the newest of those left is in use again. Nothing happens where it is not in."""
-    global _tracer
-    if provider in _providers:
-        _providers.remove(provider)
-    _tracer = _tracer_of(_providers[-1]) if _providers else None
+    _used[:] = [using for using in _used if using.provider is not provider]
+    _use_newest()
+
+
+def _use_newest() -> None:
+    global _tracer, _content, _events, _hosts
+    newest = _used[-1] if _used else None
+    _tracer = _tracer_of(newest.provider) if newest is not None else None
+    _content = newest.content if newest is not None else None
+    _events = newest.events if newest is not None else None
+    _hosts = newest.hosts if newest is not None else frozenset()
+    _may_know.cache_clear()
 
 
 def installed() -> trace.TracerProvider | None:
     """The provider in use, or None: then OpenTelemetry's global one is asked."""
-    return _providers[-1] if _providers else None
+    return _used[-1].provider if _used else None
 
 
 def _tracer_of(provider: trace.TracerProvider) -> trace.Tracer:
@@ -191,16 +243,33 @@ def _global_tracer() -> trace.Tracer:
     return trace.get_tracer(SCOPE, schema_url=SCHEMA_URL)
 
 
-def configure(*, local: Path | None, service_name: str = "asmodel", local_runs: int = 1_000) -> Tracing:
+def configure(
+    *,
+    local: Path | None,
+    service_name: str = "asmodel",
+    local_runs: int = 1_000,
+    redact: Redactor | None = None,
+    content_bytes: int = LIMIT,
+    hosts: Sequence[str] = (),
+) -> Tracing:
     """Send spans where the `OTEL_*` variables say, and keep the last runs in the SQLite file `local`, if one is given.
 
     Read are the SDK's standard variables. Without `OTEL_TRACES_EXPORTER`, spans are exported (OTLP over HTTP, protobuf)
     only where `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` is set. The sampler decides about
-    export; the local file keeps every run. The caller shuts down what this returns.
+    export; the local file keeps every run. Where content is captured, each text goes through `redact` first, and an
+    attribute holds at most `content_bytes`. `hosts` are told the trace that a call belongs to, and no others. The
+    caller shuts down what this returns.
     """
     from asmodel.trace_export import Tracing
 
-    return Tracing(local=local, service_name=service_name, local_runs=local_runs)
+    return Tracing(
+        local=local,
+        service_name=service_name,
+        local_runs=local_runs,
+        redact=redact,
+        content_bytes=content_bytes,
+        hosts=hosts,
+    )
 
 
 class _Active(AbstractContextManager[Span]):
@@ -238,13 +307,35 @@ class _Active(AbstractContextManager[Span]):
         self._span.end()
 
 
-def start_request(method: str, route: str, headers: Mapping[str, str]) -> AbstractContextManager[Span]:
+class _Asking(_Active):
+    """As `_Active`, with content on the span from its start, so that a run in progress shows what it is asking."""
+
+    __slots__ = ("_shown",)
+
+    _shown: Callable[[], dict[str, AttributeValue]]
+
+    def showing(self, shown: Callable[[], dict[str, AttributeValue]]) -> _Asking:
+        self._shown = shown
+        return self
+
+    def __enter__(self) -> Span:
+        span = super().__enter__()
+        if span.is_recording():
+            span.set_attributes(self._shown())
+        return span
+
+
+def start_request(
+    method: str, route: str, headers: Mapping[str, str], *, force: bool = False
+) -> AbstractContextManager[Span]:
     """The span of one HTTP request. `headers` by lower-case names (or a mapping that does not care).
 
     Its parent is the W3C `traceparent` that came in; one that cannot be read begins a new trace. Baggage is not read,
-    so none can leak onward.
+    so none can leak onward. With `force`, the request is exported whatever the sampler and the caller's flag say.
     """
     parent = _W3C.extract(headers)
+    if force:
+        parent = otel_context.set_value(FORCED, True, parent)
     attributes: dict[str, AttributeValue] = {HTTP_METHOD: method, HTTP_ROUTE: route}
     return _Active(f"{method} {route}", SpanKind.SERVER, attributes, parent)
 
@@ -260,6 +351,11 @@ def record_response(span: Span, status: int, error: BaseException | None = None)
         span.set_attribute(ERROR_TYPE, str(status))
     if status >= 500:
         span.set_status(StatusCode.ERROR)
+
+
+def record_left(span: Span) -> None:
+    """The client left before its answer was whole: nothing failed."""
+    span.set_attribute(CANCELLED, True)
 
 
 def run_span(program: str, *, digest: str | None, run_id: str, nested: bool) -> AbstractContextManager[Span]:
@@ -294,6 +390,23 @@ def record_run(span: Span, budget: Budget) -> None:
     span.set_attributes(attributes)
 
 
+def record_limited(span: Span, error: AsmodelError) -> None:
+    """A limit ended the run, and its best answer so far is what it returned: no failure, and not the whole either."""
+    span.set_attribute(RUN_LIMITED, error.param or error_type(error))
+
+
+def record_asked(span: Span, messages: Sequence[Message]) -> None:
+    """What a run was asked, where content is captured."""
+    if _content is not None and _content.on_spans and span.is_recording():
+        span.set_attribute(INPUT_MESSAGES, _content.messages(messages))
+
+
+def record_answer(span: Span, text: str, finish: str, tool_calls: Sequence[ToolCall] = ()) -> None:
+    """What a run answered, where content is captured."""
+    if _content is not None and _content.on_spans and span.is_recording():
+        span.set_attribute(OUTPUT_MESSAGES, _content.answer(text, finish, tool_calls))
+
+
 def record_notes(span: Span, facts: Mapping[str, float | Sequence[float]]) -> None:
     """An author's own numbers on the span of a run. Raises TypeError for anything else: a trace holds no content."""
     for name, value in facts.items():
@@ -315,10 +428,11 @@ def step_span(step: str, *, program: str, kind: str, draw: str | None) -> Abstra
     return _Active(f"step {step}", SpanKind.INTERNAL, attributes)
 
 
-def record_step(span: Span, reply: Reply, *, asks: int, cache: CacheMode = "on") -> None:
+def record_step(span: Span, reply: Reply, *, asks: int, cache: CacheMode = "on", call: Call | None = None) -> None:
     """How the step came by its reply. `asks` is 1 and one more for each time it was asked again; `cache` is the policy.
 
-    A reply that somebody else paid for is linked to the span that did.
+    A reply that somebody else paid for is linked to the span that did. There is no span of a call then, so what was
+    shown and said is here, where content is captured and `call` is given.
     """
     if not span.is_recording():
         return
@@ -339,6 +453,8 @@ def record_step(span: Span, reply: Reply, *, asks: int, cache: CacheMode = "on")
     if reply.source == "hit" and reply.bought_at:
         attributes[CACHE_AGE] = round(max(0.0, time.time() - reply.bought_at), 3)
     span.set_attributes(attributes)
+    if call is not None and _content is not None and _content.on_spans:
+        span.set_attributes({**_asked(_content, call), **_answered(_content, call, reply)})
     payer = _context_of(reply.origin) if reply.origin is not None else None
     if payer is not None:
         span.add_link(payer)
@@ -368,7 +484,30 @@ def call_span(
         attributes[OUTPUT_TYPE] = "json"
     if not isinstance(call, Score):
         _add_params(attributes, call.params)
-    return _Active(f"{operation} {model}", SpanKind.CLIENT, attributes)
+    if _content is None or not _content.on_spans:
+        return _Active(f"{operation} {model}", SpanKind.CLIENT, attributes)
+    shown = functools.partial(_asked, _content, call)
+    return _Asking(f"{operation} {model}", SpanKind.CLIENT, attributes).showing(shown)
+
+
+def _asked(content: Content, call: Call) -> dict[str, AttributeValue]:
+    system, messages, tools = content.asked(call)
+    attributes: dict[str, AttributeValue] = {INPUT_MESSAGES: messages}
+    if system is not None:
+        attributes[SYSTEM_INSTRUCTIONS] = system
+    if tools is not None:
+        attributes[TOOL_DEFINITIONS] = tools
+    stop = None if isinstance(call, Score) else call.params.get("stop")
+    if stop:
+        # The client's own words, as they may be; the conventions do not count them as content.
+        stops = (stop,) if isinstance(stop, str) else cast("Sequence[object]", stop)
+        attributes[REQUEST_STOP] = tuple(content.text("stop", str(one)) for one in stops)
+    return attributes
+
+
+def _answered(content: Content, call: Call, reply: Reply) -> dict[str, AttributeValue]:
+    said = content.answered(call, reply)
+    return {} if said is None else {OUTPUT_MESSAGES: said}
 
 
 def _add_params(attributes: dict[str, AttributeValue], params: Mapping[str, Any]) -> None:
@@ -377,8 +516,6 @@ def _add_params(attributes: dict[str, AttributeValue], params: Mapping[str, Any]
         if attribute is not None:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 attributes[attribute] = value
-        elif name == "stop":
-            attributes[REQUEST_STOP] = (value,) if isinstance(value, str) else tuple(str(stop) for stop in value or ())
         elif name == "n" and value != 1 and isinstance(value, int):
             attributes[REQUEST_CHOICES] = value
 
@@ -396,10 +533,10 @@ def _server(address: str) -> Mapping[str, AttributeValue]:
     return {SERVER_ADDRESS: host} if port is None else {SERVER_ADDRESS: host, SERVER_PORT: port}
 
 
-def record_reply(span: Span, reply: Reply, *, first_delta: float | None) -> None:
+def record_reply(span: Span, reply: Reply, *, first_delta: float | None, call: Call | None = None) -> None:
     """What the upstream answered. `first_delta` in seconds from the start of the call, where it was streamed.
 
-    If content is ever to be captured (`OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`), this is where it goes.
+    Where content is captured and `call` is given, what the upstream said is on the span, in an event, or both.
     """
     if not span.is_recording():
         return
@@ -420,6 +557,13 @@ def record_reply(span: Span, reply: Reply, *, first_delta: float | None) -> None
         attributes[UPSTREAM_COST] = reply.cost
     if first_delta is not None:
         attributes[FIRST_CHUNK] = first_delta
+    if _content is not None and call is not None:
+        said = _answered(_content, call, reply)
+        if _content.in_events and _events is not None:
+            of_span: Mapping[str, Any] = getattr(span, "attributes", None) or {}
+            _events({**of_span, **attributes, **_asked(_content, call), **said})
+        if _content.on_spans:
+            attributes |= said
     span.set_attributes(attributes)
 
 
@@ -446,9 +590,10 @@ def record_wait(span: Span, name: str, seconds: float) -> None:
     """Time spent waiting for something other than the model, so that a span's time adds up.
 
     `name` says for what, and in whose family: `cache.flight`, `upstream.limit`; without a dot it is the upstream's.
-    Waits of one name add up in `asmodel.NAME.wait_s`; each is an event as well.
+    Waits of one name add up in `asmodel.NAME.wait_s`; each is an event as well. One that is shorter than a span takes
+    to be made is left out.
     """
-    if not span.is_recording():
+    if seconds < WAIT_LEAST or not span.is_recording():
         return
     name = name if "." in name else f"upstream.{name}"
     attribute = f"asmodel.{name}{WAIT_SUFFIX}"
@@ -457,12 +602,45 @@ def record_wait(span: Span, name: str, seconds: float) -> None:
     span.add_event(WAIT_EVENT, {WAIT_NAME: name, WAIT_SECONDS: seconds})
 
 
-def tool_span(name: str, *, call_id: str | None) -> AbstractContextManager[Span]:
-    """One call of a program's own tool. `call_id` is the model's, where a model asked for it."""
+class waiting(AbstractContextManager[None]):
+    """Around a wait: `record_wait` on the span that is current when it begins, however the wait ends."""
+
+    __slots__ = ("_began", "_name", "_span")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._span = trace.get_current_span()
+        self._began = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        record_wait(self._span, self._name, time.monotonic() - self._began)
+
+
+def tool_span(
+    name: str, *, call_id: str | None, arguments: Mapping[str, object] | None = None
+) -> AbstractContextManager[Span]:
+    """One call of a program's own tool. `call_id` is the model's, where a model asked for it.
+
+    `arguments` are on the span where content is captured.
+    """
     attributes: dict[str, AttributeValue] = {OPERATION: "execute_tool", TOOL_NAME: name, TOOL_TYPE: "function"}
     if call_id is not None:
         attributes[TOOL_CALL_ID] = call_id
-    return _Active(f"execute_tool {name}", SpanKind.INTERNAL, attributes)
+    content = _content
+    if content is None or not content.on_spans or arguments is None:
+        return _Active(f"execute_tool {name}", SpanKind.INTERNAL, attributes)
+    asking = _Asking(f"execute_tool {name}", SpanKind.INTERNAL, attributes)
+    return asking.showing(lambda: {TOOL_ARGUMENTS: content.value("tool.arguments", arguments)})
+
+
+def record_tool(span: Span, result: object) -> None:
+    """What a tool returned, where content is captured."""
+    if _content is not None and _content.on_spans and span.is_recording():
+        span.set_attribute(TOOL_RESULT, _content.value("tool.result", result))
 
 
 def part_span(name: str, *, of: int | None) -> AbstractContextManager[Span]:
@@ -513,11 +691,24 @@ def trace_id(span: Span) -> str:
     return trace.format_trace_id(ids.trace_id) if ids.is_valid else ""
 
 
-def traceparent() -> str | None:
-    """The current context as a W3C `traceparent` header, for upstreams that may know it; None where there is none."""
+def outgoing(url: str) -> Mapping[str, str]:
+    """The headers that tell an upstream which trace its call belongs to: none unless its host may know."""
+    if not _hosts or not _may_know(url):
+        return {}
     carrier: dict[str, str] = {}
     _W3C.inject(carrier)
-    return carrier.get("traceparent")
+    return carrier
+
+
+@functools.lru_cache(maxsize=256)
+def _may_know(url: str) -> bool:
+    server = _server(url)
+    host, port = str(server.get(SERVER_ADDRESS, "")).lower(), server.get(SERVER_PORT)
+    if not host:
+        return False
+    above = host.split(".")
+    names = {host, f"{host}:{port}", *(f"*.{'.'.join(above[i:])}" for i in range(1, len(above)))}
+    return not names.isdisjoint(_hosts)
 
 
 def _context_of(origin: Origin) -> trace.SpanContext | None:

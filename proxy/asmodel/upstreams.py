@@ -17,11 +17,12 @@ import logging
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import orjson
 from opentelemetry import trace
 
 from asmodel import tracing
@@ -34,7 +35,10 @@ from asmodel.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from asmodel.protocols import Cache, Counting, Detecting, Openable, Upstream
+from asmodel.fingerprint import CACHE_PARTS, Fingerprint, Fingerprints
+from asmodel.meter import UNMEASURED, Meter
+from asmodel.protocols import Cache, Counting, Detecting, Lockable, Openable, Upstream
+from asmodel.tags import tag
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -65,6 +69,11 @@ class _Layer:
     @property
     def name(self) -> str:
         return name_of(self._inner)
+
+    @property
+    def priced(self) -> bool | None:
+        """Whether what it costs is known beforehand; None where only the call itself will tell."""
+        return getattr(self._inner, "priced", None)
 
     @property
     def identity(self) -> str:
@@ -137,13 +146,25 @@ class Cached(_Layer):
     """At most one answer is bought for a key: stored replies first, then a call in flight, then the next layer.
 
     A reply is stored once it is whole and its step can read it, and only then returned. Errors, interrupted streams
-    and unreadable replies never are. A flight ends early when its last waiter has left.
+    and unreadable replies never are. A flight ends early when its last waiter has left. Where the store has leases, a
+    flight waits for that of another process or machine; a failure there is nobody's here, who then buys.
     """
 
-    def __init__(self, inner: Upstream, cache: Cache | None, flights: Flights | None = None) -> None:
+    def __init__(
+        self,
+        inner: Upstream,
+        cache: Cache | None,
+        flights: Flights | None = None,
+        *,
+        meter: Meter = UNMEASURED,
+    ) -> None:
         super().__init__(inner)
+        self._meter = meter
         self._cache = cache
-        self._flights = flights or Flights()
+        store: object = cache
+        self._leases = store if isinstance(store, Lockable) else None
+        self._flights = Flights() if flights is None else flights
+        self._fingerprints = Fingerprints(cache)
 
     async def send(self, call: Call, terms: Terms) -> Reply:
         if terms.cache.mode == "off":
@@ -164,14 +185,16 @@ class Cached(_Layer):
             came = time.monotonic()
             with _asking(terms):
                 reply = await self._bounded(self._wait(flight, terms), terms)
-            tracing.record_wait(trace.get_current_span(), "cache.flight", time.monotonic() - came)
+            waited = time.monotonic() - came
+            tracing.record_wait(trace.get_current_span(), "cache.flight", waited)
+            self._meter.joined(self.name, waited)
             return reply.named("joined")
         return await self._bounded(self._lead(k, call, terms), terms)
 
     async def keep(self, call: Call, reply: Reply, terms: Terms) -> None:
         """Store the reply as the answer to `call`, which its step got only by asking again."""
         if terms.cache.mode in ("on", "refresh"):
-            await self._store(key(call, terms.scope), reply, [terms])
+            await self._store(key(call, terms.scope), reply, [terms], await self._parts(call, terms))
 
     async def _lead(self, k: str | None, call: Call, terms: Terms) -> Reply:
         _admit(terms)
@@ -213,7 +236,9 @@ class Cached(_Layer):
     async def _stored(self, k: str, terms: Terms) -> Reply | None:
         if self._cache is None:
             return None
+        asked = time.perf_counter()
         data = await self._cache.get(k)
+        self._meter.stored("get", time.perf_counter() - asked)
         if data is None:
             return None
         try:
@@ -228,24 +253,62 @@ class Cached(_Layer):
 
     async def _fly(self, flight: _Flight, call: Call, terms: Terms) -> Reply:
         try:
-            reply = await self._inner.send(call, terms)
-            flight.arrived = True
-            if flight.key is not None:
-                await self._store(flight.key, reply, flight.accepts)
-            return reply
+            if flight.key is None or self._leases is None:
+                return await self._buy(flight, call, terms)
+            return await self._buy_in_turn(self._leases, flight.key, flight, call, terms)
         finally:
             self._flights.landed(flight)
 
-    async def _store(self, k: str, reply: Reply, readers: Sequence[Terms]) -> None:
+    async def _buy_in_turn(self, leases: Lockable, k: str, flight: _Flight, call: Call, terms: Terms) -> Reply:
+        """Buy, unless another process is buying just now, or has bought since we looked: then it is there to be had."""
+        reader = flight.accepts[0]
+        waited = False
+        while True:
+            async with leases.lease(k) as lease:
+                if terms.cache.mode == "refresh" or lease.state == "none":
+                    return await self._buy(flight, call, terms)
+                if lease.state == "taken":
+                    waited = True
+                    with _asking(terms), tracing.waiting("cache.lease"):
+                        await lease.wait()
+                found = await self._stored(k, reader)
+                if found is not None:
+                    _withdraw(terms)
+                    return found.named("joined" if waited else "hit")
+                if lease.state == "held":
+                    return await self._buy(flight, call, terms)
+
+    async def _buy(self, flight: _Flight, call: Call, terms: Terms) -> Reply:
+        reply = await self._inner.send(call, terms)
+        flight.arrived = True
+        if flight.key is not None:
+            parts = await self._parts(call, terms)
+            await self._store(flight.key, reply, flight.accepts, parts)
+        return reply
+
+    async def _parts(self, call: Call, terms: Terms) -> Fingerprint | None:
+        """What tells later why this was bought; also on the span of the step."""
+        try:
+            parts = await self._fingerprints.of(call, terms.scope)
+        except Exception as error:  # Of the store, which may be anybody's; the reply has been paid for.
+            log.info("a call of %s/%s has no fingerprint: %s", terms.program, terms.step, type(error).__name__)
+            return None
+        _show(parts)
+        return parts
+
+    async def _store(self, k: str, reply: Reply, readers: Sequence[Terms], parts: Fingerprint | None) -> None:
         reader = next((terms for terms in readers if _accepted(reply, terms)), None)
         if reader is None or self._cache is None:
             return
         try:
-            data = reply.dump()
+            data = reply.dump(parts)
         except ValueError:
             raise UpstreamBroken(f'upstream "{reply.upstream}" answered with text that is not Unicode') from None
+        began = time.perf_counter()
         try:
-            await self._cache.set(k, data, tag=f"{reader.program}/{reader.step}", ttl=reader.cache.ttl)
+            label = tag(reader.program, reader.step, reader.scope)
+            await self._cache.set(k, data, tag=label, ttl=reader.cache.ttl)
+            self._meter.stored("set", time.perf_counter() - began)
         except Exception as error:
             # It has been paid for: better an answer that is not kept than none.
             log.warning("a reply of %s/%s could not be stored: %s", reader.program, reader.step, type(error).__name__)
@@ -288,6 +351,14 @@ def _seen(task: asyncio.Task[Reply]) -> None:
         task.exception()
 
 
+def _show(parts: Fingerprint) -> None:
+    """On the span of the step that missed; of a step that is asked again, those of what it asked first."""
+    span = trace.get_current_span()
+    so_far: Mapping[str, Any] = getattr(span, "attributes", None) or {}
+    if span.is_recording() and CACHE_PARTS not in so_far:
+        span.set_attribute(CACHE_PARTS, orjson.dumps(parts).decode())
+
+
 def _being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -300,6 +371,12 @@ def _asking(terms: Terms) -> AbstractContextManager[None]:
 def _admit(terms: Terms) -> None:
     if terms.budget is not None:
         terms.budget.admit()
+
+
+def _withdraw(terms: Terms) -> None:
+    """Give back what `_admit` counted: nothing went out."""
+    if terms.budget is not None:
+        terms.budget.calls -= 1
 
 
 def _accepted(reply: Reply, terms: Terms) -> bool:
@@ -328,9 +405,10 @@ class Routed(_Layer):
     one cache entry, under its identity.
     """
 
-    def __init__(self, members: Sequence[Upstream]) -> None:
+    def __init__(self, members: Sequence[Upstream], *, meter: Meter = UNMEASURED) -> None:
         super().__init__(members[0])
         self._members = members
+        self._meter = meter
 
     async def send(self, call: Call, terms: Terms) -> Reply:
         watch = _Watch(terms.emit)
@@ -342,6 +420,7 @@ class Routed(_Layer):
                 if watch.emitted or not error.repeatable or not _readmitted(terms):
                     raise
                 log.warning("%s; the next of its equals is asked", error)
+                self._meter.failed_over(name_of(member), error)
         return await self._members[-1].send(call, terms)
 
     async def open(self) -> None:
@@ -399,13 +478,21 @@ class Metered(_Layer):
         model: str,
         address: str | None = None,
         price: Price | None = None,
+        meter: Meter = UNMEASURED,
+        slots: int | None = None,
     ) -> None:
         super().__init__(inner)
+        self._meter = meter
+        meter.knows_upstream(name, provider=provider, model=model, address=address, slots=slots)
         self._name = name
         self._provider = provider
         self._model = model
         self._address = address
         self._price = price
+
+    @property
+    def priced(self) -> bool | None:
+        return True if self._price is not None else super().priced
 
     @property
     def name(self) -> str:
@@ -415,14 +502,17 @@ class Metered(_Layer):
         watch = _Watch(terms.emit)
         started, clock = time.time(), time.monotonic()
         stream = terms.emit is not None
-        with tracing.call_span(
-            call,
-            upstream=self._name,
-            provider=self._provider,
-            model=self._model,
-            address=self._address,
-            stream=stream,
-        ) as span:
+        with (
+            tracing.call_span(
+                call,
+                upstream=self._name,
+                provider=self._provider,
+                model=self._model,
+                address=self._address,
+                stream=stream,
+            ) as span,
+            self._meter.call(self._name, kind=call.kind, program=terms.program) as timing,
+        ):
             with _asking(terms):
                 reply = await self._inner.send(call, replace(terms, emit=watch.emit if stream else None))
             seconds = time.monotonic() - clock
@@ -437,7 +527,10 @@ class Metered(_Layer):
             )
             if terms.budget is not None:
                 terms.budget.charge(reply.usage, reply.cost)
-            tracing.record_reply(span, reply, first_delta=None if watch.first is None else watch.first - clock)
+            self._meter.bought(self._name, terms.program, reply.usage, reply.cost)
+            first = None if watch.first is None else watch.first - clock
+            tracing.record_reply(span, reply, first_delta=first)
+            timing.replied(reply, first_chunk=first)
             return reply
 
 
@@ -448,8 +541,19 @@ class Retried(_Layer):
     to 8 s, less up to a quarter by chance, so that many callers do not come back in step.
     """
 
-    def __init__(self, inner: Upstream, *, retries: int = 2, patience: float = 60.0, pause: float = 0.5) -> None:
+    def __init__(
+        self,
+        inner: Upstream,
+        *,
+        retries: int = 2,
+        patience: float = 60.0,
+        pause: float = 0.5,
+        name: str = "",
+        meter: Meter = UNMEASURED,
+    ) -> None:
         super().__init__(inner)
+        self._name = name
+        self._meter = meter
         self._retries = retries
         self._patience = patience
         self._pause = pause
@@ -465,13 +569,16 @@ class Retried(_Layer):
                 try:
                     reply = await self._inner.send(call, terms)
                     attempts.append(tracing.Attempt(started, time.time_ns(), None, waited))
+                    self._meter.attempted(self._name)
                     return reply
                 except BaseException as error:
                     attempts.append(tracing.Attempt(started, time.time_ns(), error, waited))
+                    self._meter.attempted(self._name, error)
                     waited = self._pause_after(error, len(attempts)) if not watch.emitted else -1.0
                     if waited < 0 or not _readmitted(terms):
                         raise
                     log.info("%s; asked again in %.1f s", error, waited)
+                    self._meter.retried(self._name, error, waited)
                 await asyncio.sleep(waited)
         finally:
             if len(attempts) > 1:
@@ -497,8 +604,10 @@ def _readmitted(terms: Terms) -> bool:
 class Limited(_Layer):
     """At most `slots` calls at a time. Runs that wait take turns, so a long run cannot starve a short one."""
 
-    def __init__(self, inner: Upstream, *, slots: int) -> None:
+    def __init__(self, inner: Upstream, *, slots: int, name: str = "", meter: Meter = UNMEASURED) -> None:
         super().__init__(inner)
+        self._name = name
+        self._meter = meter
         self._free = slots
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
@@ -510,10 +619,12 @@ class Limited(_Layer):
     async def _slot(self, run_id: str) -> AsyncGenerator[None, None]:
         if self._free > 0 and not self._queues:
             self._free -= 1
+            self._meter.waited(self._name, 0.0)
         else:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._queues.setdefault(run_id, deque()).append(turn)
             came = time.monotonic()
+            self._meter.queued(self._name, 1)
             try:
                 await turn
             except asyncio.CancelledError:
@@ -522,10 +633,16 @@ class Limited(_Layer):
                 else:
                     self._forget(run_id, turn)
                 raise
-            tracing.record_wait(trace.get_current_span(), "queue", time.monotonic() - came)
+            finally:
+                self._meter.queued(self._name, -1)
+            waited = time.monotonic() - came
+            tracing.record_wait(trace.get_current_span(), "queue", waited)
+            self._meter.waited(self._name, waited)
+        self._meter.in_flight(self._name, 1)
         try:
             yield
         finally:
+            self._meter.in_flight(self._name, -1)
             self._pass_on()
 
     def _pass_on(self) -> None:

@@ -1,0 +1,113 @@
+"""What a call is made of, as keyed digests: enough to say later which part of two calls differed, and of no other use.
+
+A digest is keyed with a secret of the store's own, so that nobody who sees one (in a trace that is exported, say) can
+try out guesses of a prompt against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, cast
+
+import orjson
+
+from asmodel.calls import Call, canonical, describe
+from asmodel.protocols import Cache, Lockable
+from asmodel.tags import SECRET
+
+_SECRET_AT = hashlib.sha256(b"asmodel fingerprint secret 1").hexdigest()
+
+CACHE_PARTS = "asmodel.cache.parts"
+"""The attribute, of the span of a step that missed, that holds its call's fingerprint as JSON."""
+
+_EACH = 48
+"""Of a list, so many items have a digest each, and the rest one together: a fingerprint stays small."""
+
+BY = "by"
+"""Names, in a fingerprint, the secret: digests by different secrets tell nothing of each other."""
+
+Fingerprint = Mapping[str, str]
+"""The digest of each part by its name: `identity`, `messages.0`, `params.temperature`, `draw`, `scope`, …"""
+
+
+class Fingerprints:
+    """Makes the fingerprints of calls with one store's secret, which is made at its first use.
+
+    Where the secret cannot be kept, they are this process's alone until it can.
+    """
+
+    def __init__(self, store: Cache | None) -> None:
+        self._store = store
+        self._secret: bytes | None = None
+
+    async def of(self, call: Call, scope: str) -> dict[str, str]:
+        """The fingerprint of a call: 8 hex digits a part."""
+        secret = self._secret
+        if secret is None:
+            secret = await self._load()
+        made = {BY: hashlib.sha256(secret).hexdigest()[:8]}
+        for name, value in (*_parts(call), ("scope", scope)):
+            told = name.encode() + b"\0" + canonical(value)
+            made[name] = hmac.digest(secret, told, "sha256").hex()[:8]
+        return made
+
+    async def _load(self) -> bytes:
+        store = self._store
+        if store is None:
+            self._secret = secrets.token_bytes(32)
+            return self._secret
+        found = _read(await store.get(_SECRET_AT))
+        if found is None:
+            async with AsyncExitStack() as stack:
+                if isinstance(store, Lockable):
+                    # Of two processes that begin a store, one makes the secret.
+                    lease = await stack.enter_async_context(store.lease(_SECRET_AT))
+                    await lease.wait()
+                    found = _read(await store.get(_SECRET_AT))
+                found = found or secrets.token_bytes(32)
+                # Set though it may be there: a store forgets first what was set longest ago.
+                await store.set(_SECRET_AT, orjson.dumps({"v": 1, "secret": found.hex()}), tag=SECRET)
+                if _read(await store.get(_SECRET_AT)) != found:
+                    return found
+        self._secret = found
+        return found
+
+
+def _read(data: bytes | None) -> bytes | None:
+    try:
+        return bytes.fromhex(orjson.loads(data or b"")["secret"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _parts(call: Call) -> Iterator[tuple[str, object]]:
+    for name, value in describe(call).items():
+        if name in ("messages", "texts", "tools"):
+            items = cast("Sequence[Any]", value)
+            yield from ((f"{name}.{place}", item) for place, item in enumerate(items[:_EACH]))
+            if len(items) > _EACH:
+                yield f"{name}.{_EACH}-", items[_EACH:]
+        elif name == "params":
+            for parameter, given in cast("Mapping[str, Any]", value).items():
+                yield f"params.{parameter}", given
+        else:
+            yield name, value
+
+
+def read(data: object) -> dict[str, str] | None:
+    """A fingerprint out of a store or a trace that others may have written to; None where it is none."""
+    if not isinstance(data, dict):
+        return None
+    parts = cast("dict[object, object]", data)
+    if not all(isinstance(name, str) and isinstance(digest, str) for name, digest in parts.items()):
+        return None
+    return cast("dict[str, str]", parts) if BY in parts else None
+
+
+def differing(a: Fingerprint, b: Fingerprint) -> list[str]:
+    """The names of the parts that are not the same in both, or that only one has, in the order of a call."""
+    return [name for name in {**a, **b} if a.get(name) != b.get(name)]

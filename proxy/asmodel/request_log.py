@@ -1,0 +1,167 @@
+"""One line a request in the log, and how the log's lines look: for people, or as JSON, one object a line.
+
+A line says who asked for what, how it ended, what it took and cost, and which trace tells the rest. It never holds a
+prompt, an answer or a key; nor does any other line, since of an exception only its kind and its place are written: its
+text may quote either.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import orjson
+from opentelemetry import trace
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+log = logging.getLogger("asmodel.access")
+
+Format: TypeAlias = Literal["console", "json"]
+
+_FIELDS = "asmodel_request"
+"""The attribute of a log record that holds a request's fields."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLine:
+    """What the log says of one request. None, and empty, is what is not known, or does not apply."""
+
+    method: str
+    path: str
+    status: int | None
+    """The HTTP status that went out; None where the client had left before."""
+    outcome: str
+    """`ok`, the code of an error, `left`, or `cut off`."""
+    seconds: float
+    request_id: str = ""
+    trace_id: str = ""
+    run_id: str = ""
+    model: str = ""
+    """The name of what was asked, once it is known to be a name that is served: a caller may write anything there."""
+    program: str = ""
+    caller: str = ""
+    """The name, in the settings, of whoever holds the key that was shown."""
+    streamed: bool = False
+    steps: int | None = None
+    hits: int | None = None
+    joined: int | None = None
+    calls: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    estimated: bool = False
+    """Whether some of the tokens are our own count."""
+    cost: float | None = None
+    """US dollars; None where a price is unknown, never 0."""
+    overhead_seconds: float | None = None
+    """How much of the time was not spent waiting for an upstream."""
+
+    def fields(self) -> dict[str, Any]:
+        """The line as JSON: what is not known is left out, but for the cost of a request that bought something."""
+        body: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None and value is not False and value != "":
+                body[name] = round(value, 6) if isinstance(value, float) else value
+        body["status"] = self.status
+        if self.calls and self.cost is None:
+            body["cost"] = None
+        return body
+
+    def text(self) -> str:
+        """The line for people."""
+        said = [self.method, self.path, self.model or "-", str(self.status or "-"), self.outcome]
+        said.append(f"{self.seconds * 1e3:.0f}ms")
+        if self.overhead_seconds is not None:
+            said.append(f"ours={self.overhead_seconds * 1e3:.0f}ms")
+        if self.steps is not None:
+            said.append(
+                f"steps={self.steps} cached={self.hits or 0}" + (f" joined={self.joined}" if self.joined else "")
+            )
+        if self.calls is not None:
+            about = "~" if self.estimated else ""
+            tokens = f"{about}{self.input_tokens or 0}+{self.output_tokens or 0}"
+            cost = "" if not self.calls else " cost=?" if self.cost is None else f" cost=${self.cost:.6f}"
+            said.append(f"calls={self.calls} tokens={tokens}{cost}")
+        for name, value in (("caller", self.caller), ("trace", self.trace_id), ("id", self.request_id)):
+            if value:
+                said.append(f"{name}={value}")
+        return " ".join(said)
+
+
+def write(line: RequestLine) -> None:
+    """Write the line to the log, at INFO."""
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", line.text(), extra={_FIELDS: line})
+
+
+class ConsoleFormatter(logging.Formatter):
+    """Time and message; of what is worse than INFO, its level too. One line a message, whatever is in it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return f"{record.asctime} {level}{_printable(record.message)}"
+
+    def formatException(self, ei: Any) -> str:
+        return _frames(ei)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: `time` (RFC 3339, UTC), `level`, `logger`, `message`, and the trace where there is one.
+
+    A request's line has its fields beside these instead of a text.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        body: dict[str, Any] = {
+            "time": f"{at}.{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        line = getattr(record, _FIELDS, None)
+        if isinstance(line, RequestLine):
+            body |= {"message": "request", **line.fields()}
+        else:
+            body["message"] = record.getMessage()
+            ids = trace.get_current_span().get_span_context()
+            if ids.is_valid:
+                body |= {
+                    "trace_id": trace.format_trace_id(ids.trace_id),
+                    "span_id": trace.format_span_id(ids.span_id),
+                }
+            if record.exc_info:
+                body["exception"] = _frames(record.exc_info)
+        try:
+            return orjson.dumps(body).decode()
+        except TypeError:  # half of a surrogate pair
+            return json.dumps(body, default=str)
+
+
+def formatter(format: Format) -> logging.Formatter:
+    """For `logging.Handler.setFormatter`."""
+    return JsonFormatter() if format == "json" else ConsoleFormatter()
+
+
+def _printable(text: str) -> str:
+    """The text with whatever could pass for another line, or command a terminal, made visible."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _frames(info: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]) -> str:
+    kind, _, where = info
+    if kind is None:
+        return ""
+    # Places and no source, which may hold a text as well.
+    places = (f"  {frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(where))
+    return "\n".join((kind.__qualname__, *places))
