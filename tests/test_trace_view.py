@@ -145,6 +145,13 @@ def test_a_run_is_a_heading_and_a_tree() -> None:
     ]
 
 
+def test_where_the_time_went_is_said_above_the_tree() -> None:
+    call = node("chat m", 0.5, 1.5, gen_ai__operation__name="chat")
+    step = node("step a", 0.4, 1.6, call, asmodel__step__name="a")
+    text = drawn(trace(node("invoke_workflow p", 0, 2, step, asmodel__run__program="p")), width=60)
+    assert "time: models 1.00 s (50%), asmodel, around the steps 0.20 s (10%), the program 0.80 s (40%)" in words(text)
+
+
 def test_a_hit_says_how_old_it_is_and_who_paid() -> None:
     assert "cached 5 minutes ago, paid by self-consistency e1e2e3e4e5" in words(drawn(STORY))
     own = replace(STORY, payers={"paid": RUN})

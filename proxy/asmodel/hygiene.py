@@ -26,18 +26,24 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
-from asmodel.programs import Program, reachable
-from asmodel.steps import Step
+from asmodel.programs import Program
 
 Kind: TypeAlias = Literal["clock", "chance", "environment", "global"]
 
 _CLOCKS = [time.time, time.time_ns, time.monotonic, time.monotonic_ns, time.perf_counter, time.perf_counter_ns]
 _CLOCKS_OF_NOW = [time.localtime, time.gmtime, time.ctime, time.asctime, time.strftime]
 """These ask a clock where they are given no time."""
-_CHANCE = [os.urandom, uuid.uuid1, uuid.uuid4, random.SystemRandom]
-_ENVIRONMENT = [os.getenv, os.getpid, os.getlogin, os.uname, socket.gethostname, socket.getfqdn, platform.node]
+_CHANCE = [
+    *(os.urandom, uuid.uuid1, uuid.uuid4),
+    *(getattr(random, name) for name in random.__all__ if name != "Random"),
+    *(getattr(secrets, name) for name in secrets.__all__ if name != "compare_digest"),
+]
+_ENVIRONMENT = [
+    *(os.environ, sys.argv, os.getenv, os.getpid, os.getlogin, os.uname),
+    *(socket.gethostname, socket.getfqdn, platform.node),
+]
 
 _INSTEAD: dict[tuple[Kind, bool], str] = {
     ("clock", True): "take the time as an argument, and pass run.now",
@@ -47,12 +53,12 @@ _INSTEAD: dict[tuple[Kind, bool], str] = {
     ("environment", True): "take it as an argument, and give it to the program as a parameter (params=)",
     ("environment", False): "make it a parameter of the program (params=)",
     ("global", True): "take it as an argument, or make it a constant: a tuple, a frozenset, a text",
-    ("global", False): "keep what changes in local variables: a global is shared by all runs, and lost with the process",
+    ("global", False): "keep what changes in local variables: a global is shared by all runs, until the process ends",
 }
 
 _CHANGES = frozenset(
-    ("append", "extend", "insert", "remove", "pop", "clear", "add", "discard", "update", "setdefault", "popitem")
-    + ("appendleft", "extendleft", "popleft", "sort", "reverse", "difference_update", "intersection_update")
+    {"append", "extend", "insert", "remove", "pop", "clear", "add", "discard", "update", "setdefault", "popitem"}
+    | {"appendleft", "extendleft", "popleft", "sort", "reverse", "difference_update", "intersection_update"}
 )
 
 
@@ -80,7 +86,7 @@ class Remark:
             "clock": "reads a clock",
             "chance": "draws by chance",
             "environment": "reads the environment",
-            "global": "reads a global that can change",
+            "global": "uses a global that can change",
         }
         return f"{self.where}: {who} {reads[self.kind]} ({self.what}); {self.instead}"
 
@@ -162,8 +168,10 @@ class _Scope:
         own = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
         own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
         declared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
-        own |= {a.asname or a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        imports = (node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)))
+        own |= {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
         self.own = own - declared
+        self.declared = declared
 
     def value(self, node: ast.AST) -> object:
         """What a name, or a name with attributes, stands for; None where that is not known."""
@@ -172,8 +180,10 @@ class _Scope:
         if isinstance(node, ast.Attribute):
             base = self.value(node.value)
             # Of modules and classes only: an attribute of anything else may be code that runs.
-            if isinstance(base, (ModuleType, type)):
-                return inspect.getattr_static(base, node.attr, None) if isinstance(base, type) else vars(base).get(node.attr)
+            if isinstance(base, type):
+                return inspect.getattr_static(base, node.attr, None)
+            if isinstance(base, ModuleType):
+                return vars(base).get(node.attr)
         return None
 
     def reads_clock(self, node: ast.Attribute) -> bool:
@@ -198,10 +208,11 @@ def _reads(function: FunctionType, *, shown: bool) -> Iterator[tuple[Kind, str, 
         kind = _kind(node, scope, given.get(id(node)))
         if kind is None and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in scope.own:
             value = function.__globals__.get(node.id)
-            if _can_change(value) and (shown or _is_changed(function, node.id)):
+            changes = _can_change(value) and (shown or _is_changed(function, node.id))
+            if changes or (not callable(value) and _is_rebound(function, node.id)):
                 kind = "global"
-            elif not callable(value) and _is_rebound(function, node.id):
-                kind = "global"
+        elif kind is None and isinstance(node, ast.Name) and node.id in scope.declared:
+            kind = "global"  # Which it sets.
         if kind is not None:
             # `os.environ` within `os.environ.get` is the same remark.
             inside.update(id(below) for below in ast.walk(node))
@@ -223,18 +234,9 @@ def _kind(node: ast.Name | ast.Attribute, scope: _Scope, call: ast.Call | None) 
         return "chance"
     if value is random.Random:
         return "chance" if call is not None and not call.args else None
-    # The functions of the module are methods of one hidden generator.
-    if getattr(value, "__self__", None) is random.seed.__self__:
+    if isinstance(value, ModuleType) and value.__name__ == "numpy.random":
         return "chance"
-    if getattr(value, "__module__", None) == "secrets" or (callable(value) and _is_in(value, list(vars(secrets).values()))):
-        return "chance" if value is not secrets.compare_digest else None
-    if str(getattr(value, "__module__", "") or "").startswith("numpy.random") or (
-        isinstance(value, ModuleType) and value.__name__ == "numpy.random"
-    ):
-        return "chance"
-    if value is os.environ or value is getattr(os, "environb", None) or value is sys.argv or _is_in(value, _ENVIRONMENT):
-        return "environment"
-    return None
+    return "environment" if _is_in(value, _ENVIRONMENT) else None
 
 
 def _is_in(value: object, some: list[Any]) -> bool:

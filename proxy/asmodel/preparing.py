@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def prepared(parts: Parts, *, shared: bool = False) -> Iterator[None]:
+def prepared(parts: Parts, *, shared: bool = False) -> Generator[None]:
     """Have every upstream that wants it prepared, around whatever opens them; `shared` where several processes will.
 
     What they announce stands in this process's environment meanwhile, which is how the others inherit it.
@@ -41,7 +41,7 @@ class Download:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
-        self._bar: Any = None
+        self._bar: Any = None  # Of rich, which only a download imports.
         self._task: Any = None
         self._told = 0.0
         self._began = 0.0
@@ -64,13 +64,13 @@ class Download:
                 self._console.print(f"fetching {what}: {done / 1e6:.0f} of {total / 1e6:.0f} MB{time_left}")
             return
         if self._bar is None:
-            self._start(what, total)
+            self._bar = self._started(what, total)
         self._bar.update(self._task, completed=done, total=total)
 
-    def _start(self, what: str, total: int) -> None:
+    def _started(self, what: str, total: int) -> Any:
         from rich import progress
 
-        self._bar = progress.Progress(
+        bar = progress.Progress(
             progress.TextColumn("fetching {task.description}"),
             progress.BarColumn(),
             progress.DownloadColumn(),
@@ -78,8 +78,9 @@ class Download:
             progress.TimeRemainingColumn(),
             console=self._console,
         )
-        self._bar.start()
-        self._task = self._bar.add_task(what, total=total)
+        bar.start()
+        self._task = bar.add_task(what, total=total)
+        return bar
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

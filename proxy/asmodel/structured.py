@@ -57,29 +57,30 @@ def reader(response_format: object) -> Callable[[Reply], str] | None:
 
 def _validator(schema: object) -> Any:
     # Only a request with a schema pays for the import.
-    from jsonschema import Draft202012Validator, SchemaError
-    from jsonschema.validators import create
+    import jsonschema
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
     if not isinstance(schema, (Mapping, bool)):
         raise InvalidRequest("`response_format.json_schema.schema` should be a JSON schema", param="response_format")
-    known: Any = Draft202012Validator
-    lenient: Any = create(
+    library: Any = jsonschema  # It publishes no types.
+    known = library.Draft202012Validator
+    lenient = library.validators.create(
         meta_schema=known.META_SCHEMA,
         validators={k: check for k, check in known.VALIDATORS.items() if k not in ("pattern", "patternProperties")},
         type_checker=known.TYPE_CHECKER,
     )
+    faults: tuple[type[Exception], ...] = (library.SchemaError, Unresolvable)
     try:
         known.check_schema(schema)
         # A registry of its own, for without one a `$ref` is fetched from wherever it points to.
         validator = lenient(schema, registry=Registry())
         for _ in validator.iter_errors(None):
             break
-    except (SchemaError, Unresolvable) as error:
-        told = getattr(error, "message", None) or "a reference leads nowhere"
+    except faults as error:
+        told = str(getattr(error, "message", "") or "a reference leads nowhere")
         raise InvalidRequest(
-            f"`response_format.json_schema.schema` is not a JSON schema: {str(told)[:200]}", param="response_format"
+            f"`response_format.json_schema.schema` is not a JSON schema: {told[:200]}", param="response_format"
         ) from None
     except RecursionError:
         raise InvalidRequest(

@@ -3,6 +3,8 @@
     PROGRAM/STEP              of a server without keys
     PROGRAM/STEP#DIGEST       of a scope, which is not named: a shared store need not say who its tenants are
     #KIND                     of the store itself, such as its secret; never an answer
+
+No program's name holds a slash or a number sign.
 """
 
 from __future__ import annotations

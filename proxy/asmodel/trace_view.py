@@ -109,7 +109,7 @@ def trace_rows(trace: Trace, *, everything: bool, console: Console) -> list[Text
         rows += heading(run).split("\n")
     rows.append(Text(_ids(trace), "dim"))
     if spent := trace_time.spent(trace, now_ns=now):
-        rows.append(Text(_spent(spent), "dim"))
+        rows += [Text(row, "dim") for row in textwrap.wrap(_spent(spent), console.width, subsequent_indent="      ")]
     rows.append(Text())
     lines = _lines(trace, everything=everything, plain=plain)
     width = min(console.width, 160)

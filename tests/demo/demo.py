@@ -17,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ class Server:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
         while True:
             try:
-                with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=1):
                     return time.monotonic() - began
             except OSError:
                 if self.process.poll() is not None or time.monotonic() - began > 60:
@@ -113,7 +114,8 @@ def ask(client: OpenAI, question: str, paragraphs: Sequence[str]) -> tuple[str, 
     stream = client.chat.completions.create(
         model="evidence-qa", messages=[{"role": "user", "content": question}], stream=True, extra_body=body
     )
-    answer, told, begun = "", {}, False
+    answer, begun = "", False
+    told: dict[str, Any] = {}
     for chunk in stream:
         told = getattr(chunk, "asmodel", None) or told
         delta = chunk.choices[0].delta
@@ -164,8 +166,8 @@ def killed_in_mid_run(server: Server, traces: Path, question: str, paragraphs: S
     told = results[0].asmodel
     console.print(f"  answer: {results[0].choices[0].message.content}", markup=False)
     console.print(
-        f"  of {told['steps']} steps, {told['cache_hits']} were kept from before the kill and "
-        f"{told['upstream_calls']} were bought now"
+        f"  of {told['steps']} steps, {told['cache_hits']} were kept from before the kill, and "
+        f"now bought: {told['upstream_calls']}"
     )
 
 
@@ -205,7 +207,7 @@ def bm25_best(question: str, paragraphs: Sequence[str], k1: float = 1.2, b: floa
 def mcnemar(wins: int, losses: int) -> float:
     """The exact two-sided p of a paired comparison: ties say nothing, so wins and losses are tosses of a fair coin."""
     n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    tail: float = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / float(2**n)
     return min(1.0, 2 * tail)
 
 
@@ -241,14 +243,15 @@ def measure(client: OpenAI) -> None:
     ) as bar:
         for item in bar.track(questions, description="20 questions, three ways"):
             paragraphs, question = themes[item["theme"]], item["question"]
-            best = bm25_best(question, paragraphs)
-            for system, answer in (
-                (everything, lambda p=paragraphs, q=question: plainly(p, q)),
-                (lexical, lambda p=paragraphs, q=question, i=best: plainly([p[i]], q)),
-                (program, lambda p=paragraphs, q=question: by_program(p, q)),
-            ):
+            best = [paragraphs[bm25_best(question, paragraphs)]]
+            asked: list[tuple[System, Callable[[Sequence[str], str], str], Sequence[str]]] = [
+                (everything, plainly, paragraphs),
+                (lexical, plainly, best),
+                (program, by_program, paragraphs),
+            ]
+            for system, answer, evidence in asked:
                 began = time.monotonic()
-                system.right.append(right(answer(), item["aliases"]))
+                system.right.append(right(answer(evidence, question), item["aliases"]))
                 system.seconds += time.monotonic() - began
     report(questions, [everything, lexical, program])
 
@@ -280,7 +283,7 @@ def report(questions: Sequence[dict[str, Any]], systems: Sequence[System]) -> No
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
+def folder() -> Generator[Path]:
     """A cache of the demo's own, empty at its start and gone at its end, so that what is shown as bought was bought."""
     with tempfile.TemporaryDirectory(prefix="asmodel-demo-") as name:
         os.environ["ASMODEL_CACHE__PATH"] = str(Path(name) / "cache")
