@@ -74,7 +74,8 @@ def _validator(schema: object) -> Any:
     try:
         known.check_schema(schema)
         # A registry of its own, for without one a `$ref` is fetched from wherever it points to.
-        validator = lenient(schema, registry=Registry())
+        registry: Any = Registry
+        validator = lenient(schema, registry=registry())
         for _ in validator.iter_errors(None):
             break
     except faults as error:
