@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.effecting import ask
 
 from asmodel import InvalidRequest, ProgramError, Run, program, step, tool
-from asmodel.calls import CachePolicy, Message, ToolCall
+from asmodel.calls import CachePolicy, ToolCall
 from asmodel.effects import EffectUnknown, Journal, JournalUnusable, check
 from asmodel.models import Models, ServedProgram
 from asmodel.programs import Program
@@ -121,7 +121,9 @@ async def test_an_effect_that_raises_is_of_unknown_outcome_and_says_how_it_ended
     store = MemoryCache()
     with pytest.raises(ProgramError, match="raised ConnectionResetError"):
         await ask(mails, upstream(), store, store, "key")
-    with pytest.raises(EffectUnknown, match=r'tool "send" was begun .* because it ended with ConnectionReset') as failed:
+    with pytest.raises(
+        EffectUnknown, match=r'tool "send" was begun .* because it ended with ConnectionReset'
+    ) as failed:
         await ask(mails, upstream(), store, store, "key")
     assert (failed.value.status, failed.value.code, failed.value.retry) == (409, "effect_unknown", False)
     assert "secret" not in str(failed.value)
@@ -218,7 +220,9 @@ async def test_an_effects_result_that_is_no_json_is_told_and_the_effect_is_not_f
         return str(await run(send, "x"))
 
     store = MemoryCache()
-    with pytest.raises(ProgramError, match='tool "send" has effect=True and has been called, but its result is not JSON'):
+    with pytest.raises(
+        ProgramError, match='tool "send" has effect=True and has been called, but its result is not JSON'
+    ):
         await ask(mails, upstream(), store, store, "key")
     with pytest.raises(EffectUnknown):
         await ask(mails, upstream(), store, store, "key")
@@ -339,7 +343,9 @@ async def outer(run: Run) -> str:
 @pytest.mark.parametrize("reaching", [payer, agent, outer])
 def test_a_program_that_reaches_an_effect_wants_an_idempotency_key(reaching: Program[Any, Any]) -> None:
     assert [tool.name for tool in reaching.effects] == ["pay"]
-    with pytest.raises(InvalidRequest, match='has effects that must not be repeated \\("pay"\\); send an Idem') as refused:
+    with pytest.raises(
+        InvalidRequest, match='has effects that must not be repeated \\("pay"\\); send an Idem'
+    ) as refused:
         check(reaching, identity=None, cache=CachePolicy(), journal=True)
     assert (refused.value.status, refused.value.param) == (400, "Idempotency-Key")
     check(reaching, identity="key", cache=CachePolicy(), journal=True)

@@ -86,7 +86,12 @@ async def test_a_first_run_is_bought_because_nothing_was_there(explainer: Explai
     ("before", "after", "differs", "why"),
     [
         (ask, ask.using(temperature=0.5), ("params.temperature",), "params.temperature differs"),
-        (ask.using(max_tokens=1), ask.using(max_tokens=2, stop="x"), ("params.max_tokens", "params.stop"), "and params"),
+        (
+            ask.using(max_tokens=1),
+            ask.using(max_tokens=2, stop="x"),
+            ("params.max_tokens", "params.stop"),
+            "and params",
+        ),
         (ask, ask.using(sample=7), ("draw",), "the same call was stored, as another draw"),
     ],
 )
@@ -277,7 +282,9 @@ def test_a_tag_is_read_as_it_was_written() -> None:
     assert read("p/s#1") == Tag("p", "s#1")
 
 
-@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("15m", 900), ("12h", 43200), ("7d", 604800), ("0.5w", 302400)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("90s", 90), ("15m", 900), ("12h", 43200), ("7d", 604800), ("0.5w", 302400)]
+)
 def test_an_age_is_a_number_and_a_unit(text: str, value: float) -> None:
     assert seconds(text) == value
 

@@ -48,7 +48,9 @@ async def test_two_calls_differ_in_the_parts_that_differ(other: Chat, parts: lis
 async def test_every_kind_of_call_and_the_scope_have_parts() -> None:
     prints = Fingerprints(MemoryCache())
     completion = Completion(identity="up", prompt="a")
-    assert differing(await prints.of(completion, ""), await prints.of(replace(completion, prompt="b"), "")) == ["prompt"]
+    assert differing(await prints.of(completion, ""), await prints.of(replace(completion, prompt="b"), "")) == [
+        "prompt"
+    ]
     score = Score(identity="up", context="a", continuation="b")
     assert differing(await prints.of(score, ""), await prints.of(replace(score, context="x"), "")) == ["context"]
     embed = Embed(identity="up", texts=("a", "b"))

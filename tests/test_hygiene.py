@@ -92,7 +92,7 @@ def test_a_step_that_shows_what_is_none_of_its_arguments_is_pointed_at(
     assert (said.kind, said.what, said.step, said.program) == (kind, what, "shows", "p")
     assert said.file is not None
     assert what in said.file.read_text().splitlines()[said.line - 1]
-    assert str(said).startswith(f"{said.file}:{said.line}: step \"shows\" ")
+    assert str(said).startswith(f'{said.file}:{said.line}: step "shows" ')
     assert "argument" in said.instead
 
 

@@ -46,11 +46,13 @@ CORE_MAY_USE = {
     "anyio",
     "click",
     "httptools",
+    "jsonschema",
     "opentelemetry",
     "orjson",
     "pydantic",
     "pydantic_core",
     "pydantic_settings",
+    "referencing",
     "rich",
     "starlette",
     "typing_extensions",
@@ -60,6 +62,8 @@ CORE_MAY_USE = {
 # Where a library that belongs to the server's outside may be named in the core; an author's import must not meet it.
 ONLY_IN: dict[str, set[str]] = {
     "click": {"cli.py", "asking.py"},
+    "jsonschema": {"structured.py"},
+    "referencing": {"structured.py"},
     "pydantic_settings": {"settings.py"},
     "opentelemetry.sdk": {"tracing.py", "trace_export.py", "trace_store.py", "testing.py", "metric_export.py"},
     "opentelemetry.exporter": {"trace_export.py", "metric_export.py"},

@@ -14,6 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import orjson
 
+from asmodel import tracing
 from asmodel.calls import Call, Capabilities, Chat, Completion, Delta, Embed, Emit, Reply, Score, Terms, TokenLogprob
 from asmodel.dialect import (
     Assembly,
@@ -451,7 +452,11 @@ class OpenAIUpstream:
             sending = _Sending()
             try:
                 return await session.post(
-                    url, data=data, headers=self._headers, allow_redirects=False, trace_request_ctx=sending
+                    url,
+                    data=data,
+                    headers={**self._headers, **tracing.outgoing(url)},
+                    allow_redirects=False,
+                    trace_request_ctx=sending,
                 )
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
                 if not (left and sending.reused):

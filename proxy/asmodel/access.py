@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -35,13 +35,24 @@ class Caller:
 class Access:
     """Lets a request in, or raises Unauthorized or Forbidden. `keys` by the name of whoever holds them."""
 
-    def __init__(self, keys: Mapping[str, str]) -> None:
+    def __init__(self, keys: Mapping[str, str], *, tracers: Collection[str] = ()) -> None:
+        self._tracers = frozenset(tracers)
         # Digests have one length, so that a comparison says nothing about a key, its length included.
         self._keys = [(hashlib.sha256(key.encode()).digest(), name) for name, key in keys.items()]
 
     @property
     def open(self) -> bool:
         return not self._keys
+
+    def may_force(self, headers: Mapping[str, str]) -> bool:
+        """Whether the request asks to be traced whatever the sampler says, and is from one who may."""
+        if headers.get("x-asmodel-trace", "").strip().lower() not in ("on", "1", "true"):
+            return False
+        try:
+            caller = self.admit(headers)
+        except AsmodelError:
+            return False
+        return not self._keys or caller.name in self._tracers
 
     def admit(self, headers: Mapping[str, str]) -> Caller:
         if not self._keys:

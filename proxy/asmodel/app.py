@@ -29,7 +29,7 @@ from asmodel.measuring import Measured, MetricsPage
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.metrics import Metrics, folder_of_workers, reporting
 from asmodel.models import Models, Preset, ServedProgram
-from asmodel.plugins import make, names, resolve
+from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
 from asmodel.protocols import Cache, Openable, Upstream
 from asmodel.routes import ModelList, Probe, alive, not_there, readiness
@@ -38,6 +38,7 @@ from asmodel.settings import CacheSettings, Settings, UpstreamSettings
 from asmodel.upstreams import Cached, Flights, Limited, Metered, Price, Retried, Routed, Timed
 
 if TYPE_CHECKING:
+    from asmodel.trace_content import Redactor
     from asmodel.trace_export import Tracing
 
 log = logging.getLogger("asmodel")
@@ -58,6 +59,18 @@ class Parts:
     metrics: Metrics
     providers: Mapping[str, Upstream]
     """The plug-ins themselves, by upstream."""
+    redact: Redactor | None = None
+    """What each text goes through before it is recorded, where content is."""
+
+    def trace(self) -> Tracing:
+        """Set tracing up, as the settings and the `OTEL_*` variables say. The caller shuts down what this returns."""
+        traces = self.settings.traces
+        return tracing.configure(
+            local=traces.path if traces.local else None,
+            redact=self.redact,
+            content_bytes=traces.content_bytes,
+            hosts=traces.hosts,
+        )
 
     async def open_store(self) -> None:
         """Open the cache, which takes milliseconds and must be there before anything is answered."""
@@ -196,8 +209,12 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
         cache_upstreams=settings.cache.upstreams,
         meter=metrics,
     )
-    access = Access({name: key.get_secret_value() for name, key in settings.keys.items()})
+    access = Access(
+        {name: key.get_secret_value() for name, key in settings.keys.items()}, tracers=settings.traces.force
+    )
+    redact = None if settings.traces.redact is None else find("redactors", settings.traces.redact)
     return Parts(
+        redact=redact,
         settings=settings,
         models=models,
         service=service,
@@ -245,7 +262,7 @@ def create_app(
         traces: Tracing | None = None
         opening: asyncio.Task[None] | None = None
         try:
-            traces = tracing.configure(local=settings.traces.path if settings.traces.local else None)
+            traces = parts.trace()
             await parts.open_store()
         except Exception as error:
             failed(error)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asmodel import tracing
 from asmodel.app import Parts, build
 from asmodel.calls import Delta, Message
 from asmodel.errors import AsmodelError
@@ -36,7 +35,7 @@ def ask(
     name = program if upstream is None else f"{program}:{upstream}"
     parts.models.find(name)  # Before anything is fetched or started.
     with prepared(parts):
-        traces = tracing.configure(local=settings.traces.path if settings.traces.local else None)
+        traces = parts.trace()
         try:
             return asyncio.run(_ask(parts, name, question, params, as_json=as_json))
         except KeyboardInterrupt:

@@ -83,7 +83,9 @@ class ChatCompletions:
         exchange = Exchange(scope, receive, send)
         with (
             self._service.under_way(),
-            tracing.start_request("POST", "/v1/chat/completions", exchange.headers) as span,
+            tracing.start_request(
+                "POST", "/v1/chat/completions", exchange.headers, force=self._access.may_force(exchange.headers)
+            ) as span,
         ):
             exchange.span = span
             outcome = "ok"
@@ -91,9 +93,10 @@ class ChatCompletions:
                 outcome = await self._handle(exchange, receive)
                 tracing.record_response(span, exchange.status)
             except Gone:
-                outcome = "client left"
+                outcome = "left"
+                tracing.record_left(span)
             except AsmodelError as error:
-                outcome = f"{error.status} {error.code}"
+                outcome = error.code or "error"
                 if isinstance(error, PayloadTooLarge):
                     self._service.meter.refused("body_bytes")
                 tracing.record_response(span, error.status, error)
@@ -103,6 +106,8 @@ class ChatCompletions:
                     raise
                 # The time that running requests had to end is over; their clients are told, and come again.
                 outcome = "cut off"
+                tracing.record_response(span, exchange.status or 503, stopping())
+                tracing.record_error(span, stopping())
                 await exchange.break_off(stopping())
             finally:
                 exchange.log(outcome)
@@ -204,7 +209,7 @@ class ChatCompletions:
             receipt(exchange, job, outcomes),
         )
         await exchange.respond(200, body)
-        return "200"
+        return "ok"
 
 
 def _nothing() -> None:
@@ -337,7 +342,7 @@ class _Stream:
         return await self._finish(work)
 
     async def _open(self) -> None:
-        self._opened = True
+        self._opened = self._exchange.streamed = True
         headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -412,7 +417,7 @@ class _Stream:
             await self._exchange.write(wire.event(body), last=True)
             if self._exchange.span is not None:
                 tracing.record_error(self._exchange.span, error)
-            return f"200, then {error.code}"
+            return error.code or "error"
         if not self._opened:
             await self._open()
         await self._flush(last=True)
@@ -436,7 +441,7 @@ class _Stream:
             )
         ends += [self._chunks.usage(tokens(self._job, outcomes)), wire.DONE]
         await self._exchange.write(b"".join(ends), last=True)
-        return "200"
+        return "ok"
 
 
 async def _within(work: Awaitable[Any], seconds: float) -> None:

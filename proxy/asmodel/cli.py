@@ -312,37 +312,81 @@ def check(config: Path | None, folders: tuple[Path, ...]) -> None:
     click.echo("\nAll well.")
 
 
-@main.command(short_help="List the last runs, or draw one of them step by step.")
-@click.argument("id", required=False)
+@main.command(short_help="List the last runs; draw one, follow it, or compare two.")
+@click.argument("ids", nargs=-1, metavar="[ID [ID]]")
 @_config
+@click.option("--follow", "-f", is_flag=True, help="Draw a run as it happens: ID, or else the next one.")
 @click.option("--all", "everything", is_flag=True, help="Do not fold steps that are alike.")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many runs to list.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--otlp", is_flag=True, help="Print as OTLP JSON, which collectors and Jaeger take.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Write a page that needs nothing else; - prints it.",
+)
 def trace(
-    id: str | None, config: Path | None, folders: tuple[Path, ...], everything: bool, limit: int, as_json: bool
+    ids: tuple[str, ...],
+    config: Path | None,
+    folders: tuple[Path, ...],
+    follow: bool,
+    everything: bool,
+    limit: int,
+    as_json: bool,
+    otlp: bool,
+    html: Path | None,
 ) -> None:
-    """List the last runs, or draw the one whose trace or run id begins with ID; `last` is the last one."""
-    from asmodel import trace_store, trace_view
+    """List the last runs, or draw the one whose trace or run id begins with ID; `last` is the last one.
+
+    \b
+    asmodel trace last                 one run as a tree, and where its time went
+    asmodel trace --follow             the next run, as it happens
+    asmodel trace run_1a2b run_3c4d    two runs, step by step
+    asmodel trace last --html run.html
+    """
+    from asmodel import trace_compare, trace_follow, trace_html, trace_otlp, trace_reader, trace_schema, trace_view
 
     settings = _settings(config, folders)
-    path = settings.traces.path or trace_store.default_path(os.environ)
-    if id is None:
-        rows = trace_store.runs(path, limit=limit)
-        if as_json:
-            click.echo(json.dumps(trace_view.runs_json(rows), indent=2))
-            return
-        trace_view.draw_runs(rows)
-        if rows:
-            click.echo("\nOne of them, step by step: asmodel trace ID")
-        return
+    path = settings.traces.path or trace_schema.default_path(os.environ)
+    if len(ids) > 2:
+        raise click.UsageError("give one ID, or two to compare")
+    if len(ids) == 2 and (follow or otlp or html):
+        raise click.UsageError("two runs can be compared, as text or with --json; --follow, --otlp and --html take one")
     try:
-        found = trace_store.spans(path, id)
-    except (trace_store.NoSuchTrace, trace_store.TraceFileUnreadable) as error:
+        if follow:
+            trace_follow.follow(path, ids[0] if ids else None, everything=everything)
+            return
+        if not ids and not (otlp or html):
+            rows = trace_reader.runs(path, limit=limit)
+            if as_json:
+                click.echo(json.dumps(trace_view.runs_json(rows), indent=2))
+                return
+            trace_view.draw_runs(rows)
+            if rows:
+                click.echo("\nOne of them, step by step: asmodel trace ID")
+            return
+        found = [trace_reader.spans(path, id) for id in ids or ("last",)]
+    except (trace_reader.NoSuchTrace, trace_reader.TraceFileUnreadable) as error:
         raise ConfigurationError(str(error)) from None
-    if as_json:
-        click.echo(json.dumps(trace_view.trace_json(found), indent=2))
-        return
-    trace_view.draw_trace(found, everything=everything)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if html is not None:
+        with click.open_file(str(html), "w", encoding="utf-8") as file:
+            file.write(trace_html.page(found[0]))
+        if str(html) != "-":
+            click.echo(f"wrote {html}", err=True)
+    elif otlp:
+        click.echo(json.dumps(trace_otlp.otlp(found[0]), ensure_ascii=False))
+    elif len(found) == 2:
+        if as_json:
+            click.echo(json.dumps(trace_compare.comparison_json(*found), indent=2))
+        else:
+            trace_compare.draw_comparison(*found, everything=everything)
+    elif as_json:
+        click.echo(json.dumps(trace_view.trace_json(found[0]), indent=2))
+    else:
+        trace_view.draw_trace(found[0], everything=everything)
 
 
 @main.command(short_help="Write a program that works, and its test.")

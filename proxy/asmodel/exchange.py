@@ -15,14 +15,15 @@ from opentelemetry.trace import Span
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from asmodel import tracing, wire
+from asmodel import request_log, tracing, wire
 from asmodel.access import Caller
 from asmodel.errors import AsmodelError, PayloadTooLarge
+from asmodel.models import ServedProgram
+from asmodel.request_log import RequestLine
 from asmodel.service import Job
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
-log = logging.getLogger("asmodel.access")
 faults = logging.getLogger("asmodel")
 
 
@@ -64,6 +65,7 @@ class Exchange:
         self.model = ""
         self.status = 0
         self.ended = False
+        self.streamed = False
         self._receive = receive
         self._send = send
 
@@ -141,18 +143,34 @@ class Exchange:
             await self.write(wire.event(wire.error_body(error)), last=True)
 
     def log(self, outcome: str) -> None:
-        if not log.isEnabledFor(logging.INFO):
-            return
-        fields = [f"{(time.monotonic() - self.started) * 1000:.0f}ms"]
-        if self.job is not None:
-            b = self.job.budget
-            fields.append(f"steps={b.steps} cached={b.hits} calls={b.calls} tokens={b.usage.total_tokens}")
-        if self.caller.name:
-            fields.append(f"caller={self.caller.name}")
-        if self.trace_id:
-            fields.append(f"trace={self.trace_id}")
-        name = self.model.encode("unicode_escape").decode()[:100]
-        log.info("%s %s %s %s %s", self.method, self.path, name or "-", outcome, " ".join(fields))
+        """One line of the log; `outcome` is `ok`, the code of an error, `left` or `cut off`."""
+        job = self.job
+        budget = job.budget if job is not None else None
+        request_log.write(
+            RequestLine(
+                method=self.method,
+                path=self.path,
+                status=self.status or None,
+                outcome=outcome,
+                seconds=time.monotonic() - self.started,
+                request_id=self.id,
+                trace_id=self.trace_id,
+                run_id=job.id if job is not None else "",
+                model=job.model.name if job is not None else "",
+                program=job.model.program.name if job is not None and isinstance(job.model, ServedProgram) else "",
+                caller=self.caller.name,
+                streamed=self.streamed,
+                steps=budget.steps if budget is not None else None,
+                hits=budget.hits if budget is not None else None,
+                joined=budget.joined if budget is not None else None,
+                calls=budget.calls if budget is not None else None,
+                input_tokens=budget.usage.prompt_tokens if budget is not None else None,
+                output_tokens=budget.usage.completion_tokens if budget is not None else None,
+                estimated=budget is not None and budget.usage.estimated,
+                cost=budget.cost if budget is not None else None,
+                overhead_seconds=self.overhead_ms / 1000,
+            )
+        )
 
 
 def retry_headers(error: AsmodelError) -> dict[str, str]:

@@ -30,6 +30,13 @@ _EACH = 48
 BY = "by"
 """Names, in a fingerprint, the secret: digests by different secrets tell nothing of each other."""
 
+_PARAMETERS = frozenset(
+    "temperature top_p top_k min_p n seed stop max_tokens max_completion_tokens frequency_penalty presence_penalty "
+    "repetition_penalty logit_bias logprobs top_logprobs response_format tool_choice parallel_tool_calls modalities "
+    "audio prediction reasoning_effort verbosity service_tier store metadata user safety_identifier prompt_cache_key "
+    "web_search_options documents echo suffix best_of dimensions encoding_format".split()
+)
+
 Fingerprint = Mapping[str, str]
 """The digest of each part by its name: `identity`, `messages.0`, `params.temperature`, `draw`, `scope`, …"""
 
@@ -92,8 +99,11 @@ def _parts(call: Call) -> Iterator[tuple[str, object]]:
             if len(items) > _EACH:
                 yield f"{name}.{_EACH}-", items[_EACH:]
         elif name == "params":
-            for parameter, given in cast("Mapping[str, Any]", value).items():
-                yield f"params.{parameter}", given
+            for place, (parameter, given) in enumerate(cast("Mapping[str, Any]", value).items()):
+                if parameter in _PARAMETERS:
+                    yield f"params.{parameter}", given
+                else:  # A name of the caller's own making, which is not for a trace to tell.
+                    yield f"params.own.{place}", [parameter, given]
         else:
             yield name, value
 

@@ -474,7 +474,7 @@ class Run(Generic[ParamsT]):
                     value = step.read(reply)
                 except ValueError as error:
                     if ask == asks or call.kind == "score":
-                        tracing.record_step(span, reply, asks=ask, cache=terms.cache.mode)
+                        tracing.record_step(span, reply, asks=ask, call=call, cache=terms.cache.mode)
                         raise self._unreadable(step, reply, str(error), ask) from error
                     self._progress.asked_again(step.name)
                     self.meter.asked_again(self.program.name, step.name)
@@ -493,7 +493,7 @@ class Run(Generic[ParamsT]):
                     self.budget.saved += reply.usage
                 elif reply.source == "joined":
                     self.budget.joined += 1
-                tracing.record_step(span, reply, asks=ask, cache=terms.cache.mode)
+                tracing.record_step(span, reply, asks=ask, cache=terms.cache.mode, call=call)
                 timing.replied(reply, cache=terms.cache.mode)
                 self._progress.finished(step.name, reply.source)
                 return value, reply
@@ -551,21 +551,26 @@ class Run(Generic[ParamsT]):
         return inner, await execute(inner)
 
     async def _use(self, tool: Tool[..., Any], arguments: dict[str, Any], *, call_id: str | None) -> Any:
-        with tracing.tool_span(tool.name, call_id=call_id):
-            key = self._tool_key(tool, arguments) if tool.cache and self._store is not None else None
-            if key is not None and self._store is not None and self._cache.mode in ("on", "only"):
-                stored = _tool_result(await self._store.get(key))
-                if stored is not None:
-                    return stored[0]
-            if self._plan is not None:
-                return await self._plan.stop(self.program.name, tool.name, "tool")
-            if tool.effect:
-                return await self._perform(tool, arguments)
-            result = await _act(tool, arguments)
-            if key is not None and self._store is not None and self._cache.mode in ("on", "refresh"):
-                value = _stored_result(tool, result)
-                await self._store.set(key, value, tag=tag(self.program.name, tool.name, self._scope))
+        with tracing.tool_span(tool.name, call_id=call_id, arguments=arguments) as span:
+            result = await self._used(tool, arguments)
+            tracing.record_tool(span, result)
             return result
+
+    async def _used(self, tool: Tool[..., Any], arguments: dict[str, Any]) -> Any:
+        key = self._tool_key(tool, arguments) if tool.cache and self._store is not None else None
+        if key is not None and self._store is not None and self._cache.mode in ("on", "only"):
+            stored = _tool_result(await self._store.get(key))
+            if stored is not None:
+                return stored[0]
+        if self._plan is not None:
+            return await self._plan.stop(self.program.name, tool.name, "tool")
+        if tool.effect:
+            return await self._perform(tool, arguments)
+        result = await _act(tool, arguments)
+        if key is not None and self._store is not None and self._cache.mode in ("on", "refresh"):
+            value = _stored_result(tool, result)
+            await self._store.set(key, value, tag=tag(self.program.name, tool.name, self._scope))
+        return result
 
     async def _perform(self, tool: Tool[..., Any], arguments: dict[str, Any]) -> Any:
         if self._journal is None:
@@ -677,6 +682,7 @@ async def execute(run: Run[Any]) -> Any:
         run.meter.run(program.name, nested=nested) as timing,
     ):
         run.span = span
+        tracing.record_asked(span, run.messages)
         try:
             answer = await _within_deadline(run)
         except LimitExceeded as error:
@@ -685,6 +691,8 @@ async def execute(run: Run[Any]) -> Any:
                 raise
             log.info("run %s: %s; its best answer so far is returned", run.id, error)
             run.limited = True
+            tracing.record_limited(span, error)
+            tracing.record_answer(span, _answer(best).text, "length")
             timing.limited(error.param or "")
             # Of the type that the program returns, for the program that it may be nested in.
             return replace(best, finish="length") if isinstance(best, Answer) else best
@@ -707,6 +715,8 @@ async def execute(run: Run[Any]) -> Any:
                 f'program "{program.name}" returned something else than its run.reply gave; that text has already '
                 "been streamed, so return it unchanged, or make the last step with `await run(...)`"
             )
+        whole = finished(run, answer)
+        tracing.record_answer(span, whole.text, whole.finish, whole.tool_calls)
         return answer
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from asmodel import request_log
 from asmodel.access import is_loopback
 from asmodel.errors import ConfigurationError
 
@@ -48,7 +49,7 @@ def serve(
         _listen(sock, settings)
         failures: list[BaseException] = []
         if alone:
-            _set_up_log()
+            _set_up_log(settings.log.format)
 
             def failed(error: BaseException) -> None:
                 failures.append(error)
@@ -84,9 +85,11 @@ def _worker(on_failure: Callable[[BaseException], None] | None) -> Starlette:
     from asmodel.app import create_app
     from asmodel.settings import load
 
-    _set_up_log()
+    _set_up_log("console")
     try:
-        return create_app(load(flags=json.loads(os.environ.get(FLAGS, "{}"))), on_failure=on_failure)
+        settings = load(flags=json.loads(os.environ.get(FLAGS, "{}")))
+        _set_up_log(settings.log.format)
+        return create_app(settings, on_failure=on_failure)
     except ConfigurationError as error:
         # The parent found all to be right, so a file has changed since.
         log.error("%s", error)
@@ -196,7 +199,7 @@ def _supervise(settings: Settings, config: Path | None, sock: socket.socket, *, 
 
     from asmodel.metric_store import shared_folder
 
-    _set_up_log()
+    _set_up_log(settings.log.format)
     made = _config("asmodel.server:worker", settings)
     if reload:
         folders = [str(folder.absolute()) for folder in settings.program_folders]
@@ -248,7 +251,9 @@ def _announce(settings: Settings, parts: Parts, sock: socket.socket) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _set_up_log() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+def _set_up_log(format: request_log.Format) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(request_log.formatter(format))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

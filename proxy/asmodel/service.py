@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asmodel import structured
+from asmodel import tracing
 from asmodel.budget import Budget, Limits
 from asmodel.calls import JSON, CachePolicy, Chat, Document, Emit, Message, Reply, Terms
 from asmodel.errors import AsmodelError, Draining, InvalidRequest, LimitExceeded
@@ -144,8 +145,9 @@ class Service:
                 param="asmodel.params" if asked.params else "asmodel.roles",
             )
         try:
-            async with asyncio.timeout(LOADING):
-                await self.ready.wait()
+            with tracing.waiting("upstream.loading"):
+                async with asyncio.timeout(LOADING):
+                    await self.ready.wait()
         except TimeoutError:
             raise Draining("the server is still loading", code="loading", retry_after=5.0) from None
         if self.draining:
@@ -157,7 +159,7 @@ class Service:
             limits = limits.tightened(self._program_limits.get(model.program.name, Limits()))
         budget = Budget(limits=limits)
         if isinstance(model, ServedProgram):
-            with budget.asking():  # An upstream that must try before it can say what it can is asked here, once.
+            with tracing.waiting("upstream.detection"), budget.asking():  # An upstream that must try before it can say what it can is asked here, once.
                 await require(model.program, self.models.cast(model, asked.roles))
         if limits.cost is not None:
             self._refuse_unpriced(model, asked)

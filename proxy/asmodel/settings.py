@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, cast, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -242,6 +242,31 @@ class TraceSettings(_Table):
         description="The file that they are kept in.",
         json_schema_extra={"default_words": "`asmodel/traces.sqlite` in `$XDG_STATE_HOME`, or in `~/.local/state`"},
     )
+    redact: str | None = Field(
+        default=None,
+        description="What is applied to each text before it is recorded, where content is: `module:attribute` of a "
+        "function `(kind, text) -> text`, or an installed plug-in of the kind `redactors`.",
+    )
+    content_bytes: Whole = Field(
+        default=30_000, ge=1_000, description="Bytes of recorded content in one attribute of a span; more is cut."
+    )
+    hosts: list[str] = Field(
+        default=[],
+        description="Upstreams that are told the trace, as `traceparent`: `host`, `host:port` or `*.suffix`.",
+    )
+    force: list[str] = Field(
+        default=[],
+        description="Holders of keys who may have a request traced whatever the sampler says (`x-asmodel-trace: on`). "
+        "Without `[keys]`, whoever is answered may.",
+    )
+
+
+class LogSettings(_Table):
+    """How the log looks."""
+
+    format: Literal["console", "json"] = Field(
+        default="console", description="`console`, for people, or `json`: one object a line."
+    )
 
 
 class MetricsSettings(_Table):
@@ -280,6 +305,7 @@ class Settings(BaseSettings):
     cache: CacheSettings = Field(default=CacheSettings(), description="Where the answers of steps are kept.")
     limits: LimitsSettings = Field(default=LimitsSettings(), description="Bounds of every run and of every request.")
     traces: TraceSettings = Field(default=TraceSettings(), description="The traces that are kept on this machine.")
+    log: LogSettings = Field(default=LogSettings(), description="How the log looks.")
     metrics: MetricsSettings = Field(default=MetricsSettings(), description="Who may read `/metrics`.")
     idempotency: IdempotencySettings = Field(
         default=IdempotencySettings(), description="Requests that their client names, by the header `Idempotency-Key`."
@@ -445,6 +471,8 @@ _WORDS: dict[Any, str] = {
 def _type_words(annotation: Any) -> str:
     if get_origin(annotation) is Annotated:
         return _type_words(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is list:
         return f"list of {_type_words(get_args(annotation)[0])}s"
     if get_origin(annotation) is dict:

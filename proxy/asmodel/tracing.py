@@ -156,6 +156,8 @@ _NUMBERS = {
 }
 """OpenAI's parameter to the conventions' attribute. What is not a number is left out rather than turned into a text."""
 
+_WHOLE = frozenset(("max_tokens", "max_completion_tokens", "seed", "dimensions"))
+
 _W3C = TraceContextTextMapPropagator()
 
 FORCED = otel_context.create_key("asmodel-forced")
@@ -515,7 +517,8 @@ def _add_params(attributes: dict[str, AttributeValue], params: Mapping[str, Any]
         attribute = _NUMBERS.get(name)
         if attribute is not None:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                attributes[attribute] = value
+                # The conventions want a double where a value may have a fraction, whatever an author wrote.
+                attributes[attribute] = value if name in _WHOLE else float(value)
         elif name == "n" and value != 1 and isinstance(value, int):
             attributes[REQUEST_CHOICES] = value
 

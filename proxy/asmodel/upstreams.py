@@ -172,7 +172,8 @@ class Cached(_Layer):
         k = key(call, terms.scope)
         flight = self._flights.flying.get(k)
         if flight is None and terms.cache.mode in ("on", "only"):
-            hit = await self._look_up(k, terms)
+            with tracing.waiting("cache.lookup"):
+                hit = await self._look_up(k, terms)
             if hit is not None:
                 if terms.emit is not None:
                     await replay(hit, terms.emit)
@@ -183,11 +184,9 @@ class Cached(_Layer):
         if flight is not None:
             flight.accepts.append(terms)
             came = time.monotonic()
-            with _asking(terms):
+            with tracing.waiting("cache.flight"), _asking(terms):
                 reply = await self._bounded(self._wait(flight, terms), terms)
-            waited = time.monotonic() - came
-            tracing.record_wait(trace.get_current_span(), "cache.flight", waited)
-            self._meter.joined(self.name, waited)
+            self._meter.joined(self.name, time.monotonic() - came)
             return reply.named("joined")
         return await self._bounded(self._lead(k, call, terms), terms)
 
@@ -283,7 +282,8 @@ class Cached(_Layer):
         flight.arrived = True
         if flight.key is not None:
             parts = await self._parts(call, terms)
-            await self._store(flight.key, reply, flight.accepts, parts)
+            with tracing.waiting("cache.store"):
+                await self._store(flight.key, reply, flight.accepts, parts)
         return reply
 
     async def _parts(self, call: Call, terms: Terms) -> Fingerprint | None:
@@ -529,7 +529,7 @@ class Metered(_Layer):
                 terms.budget.charge(reply.usage, reply.cost)
             self._meter.bought(self._name, terms.program, reply.usage, reply.cost)
             first = None if watch.first is None else watch.first - clock
-            tracing.record_reply(span, reply, first_delta=first)
+            tracing.record_reply(span, reply, first_delta=first, call=call)
             timing.replied(reply, first_chunk=first)
             return reply
 
@@ -626,7 +626,8 @@ class Limited(_Layer):
             came = time.monotonic()
             self._meter.queued(self._name, 1)
             try:
-                await turn
+                with tracing.waiting("upstream.queue"):
+                    await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
                     self._pass_on()
@@ -635,9 +636,7 @@ class Limited(_Layer):
                 raise
             finally:
                 self._meter.queued(self._name, -1)
-            waited = time.monotonic() - came
-            tracing.record_wait(trace.get_current_span(), "queue", waited)
-            self._meter.waited(self._name, waited)
+            self._meter.waited(self._name, time.monotonic() - came)
         self._meter.in_flight(self._name, 1)
         try:
             yield
