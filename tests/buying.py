@@ -1,9 +1,9 @@
 """A process that asks one upstream, through the cache, for one thing many times at once.
 
-    python -m tests.buying FOLDER ASKERS SECONDS
+    python -m tests.buying FOLDER ASKERS SECONDS [URL]
 
-asks after a line on its stdin. Each purchase takes SECONDS and adds a line to FOLDER/bought, the process's id; how each
-asker came by its answer is printed.
+asks after a line on its stdin; the cache is in FOLDER, or on the server at URL. Each purchase takes SECONDS and adds a
+line to FOLDER/bought, the process's id; how each asker came by its answer is printed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from asmodel.calls import Call, Chat, Message, Terms
 from asmodel.testing import FunctionUpstream
 from asmodel.upstreams import Cached
 from asmodel_plugins.disk_cache import DiskCache
+from asmodel_plugins.redis_cache import RedisCache
 
 
-async def main(folder: Path, askers: int, seconds: float) -> None:
+async def main(folder: Path, askers: int, seconds: float, url: str = "") -> None:
     async def answer(call: Call) -> str:
         with (folder / "bought").open("a") as bought:
             bought.write(f"{os.getpid()}\n")
         await asyncio.sleep(seconds)
         return "yes"
 
-    store = DiskCache(folder / "cache")
+    store: DiskCache | RedisCache = RedisCache(url) if url else DiskCache(folder / "cache")
     await store.open()
     cached = Cached(FunctionUpstream(answer, name="up"), store)
     call = Chat(identity="up", messages=(Message("user", "hello"),))
@@ -42,4 +43,4 @@ async def main(folder: Path, askers: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:]))

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from asmodel import Run, program, step, tool
+from asmodel import Message, Run, program, step, tool
 from asmodel.calls import Call
 from asmodel.effects import Journal
 from asmodel.errors import AsmodelError
@@ -24,7 +24,7 @@ from asmodel.models import Models, ServedProgram
 from asmodel.programs import Program
 from asmodel.protocols import Cache
 from asmodel.run import Request, execute
-from asmodel.testing import FunctionUpstream, Message
+from asmodel.testing import FunctionUpstream
 from asmodel.upstreams import Cached
 from asmodel_plugins.disk_cache import DiskCache
 

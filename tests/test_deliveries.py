@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import orjson
 import pytest
 
 from asmodel.deliveries import Deliveries, Delivery, draw_path
 from asmodel_plugins.memory_cache import MemoryCache
 
-ASKED: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
-
-async def ask(deliveries: Deliveries, *, retry: bool = False, scope: str = "", asked: Any = None) -> Delivery:
-    return await deliveries.begin(asked or ASKED, scope=scope, retry=retry)
+async def ask(deliveries: Deliveries, *, retry: bool = False, scope: str = "", request: str = "a") -> Delivery:
+    return await deliveries.begin(request, scope=scope, retry=retry)
 
 
 async def test_a_repeat_of_what_was_delivered_whole_takes_the_next_draws() -> None:
@@ -57,7 +53,7 @@ async def test_other_requests_and_other_scopes_are_counted_apart() -> None:
     deliveries = Deliveries(MemoryCache())
     await (await ask(deliveries)).whole()
     assert (await ask(deliveries, scope="team")).generation == 0
-    assert (await ask(deliveries, asked={**ASKED, "model": "n"})).generation == 0
+    assert (await ask(deliveries, request="b")).generation == 0
 
 
 @pytest.mark.parametrize("odd", [b"", b"[]", b"{}", orjson.dumps({"v": 1, "generation": "1", "delivered": True})])

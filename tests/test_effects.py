@@ -6,7 +6,9 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,11 @@ from tests.conftest import ROOT
 from tests.effecting import ask
 
 from asmodel import InvalidRequest, ProgramError, Run, program, step, tool
-from asmodel.calls import CachePolicy, ToolCall
+from asmodel.calls import CachePolicy, Message, ToolCall
 from asmodel.effects import EffectUnknown, Journal, JournalUnusable, check
 from asmodel.models import Models, ServedProgram
 from asmodel.programs import Program
-from asmodel.run import require
+from asmodel.run import Request, execute, require
 from asmodel.testing import FunctionUpstream, run_program
 from asmodel_plugins.disk_cache import DiskCache
 from asmodel_plugins.memory_cache import MemoryCache
@@ -83,7 +85,7 @@ async def test_equal_effects_of_one_run_are_as_many_as_it_asks_for() -> None:
 async def test_a_retry_goes_on_where_the_first_attempt_failed() -> None:
     mails, world = mailer("a", "b", again=True)
     store = MemoryCache()
-    answers = iter([RuntimeError("down"), "yes"])
+    answers: Iterator[Exception | str] = iter([RuntimeError("down"), "yes"])
     flaky = FunctionUpstream(lambda call: next(answers), name="up")
     with pytest.raises(ProgramError):
         await ask(mails, flaky, store, store, "key")
@@ -107,6 +109,28 @@ async def test_a_run_and_its_retry_are_told_the_same_time() -> None:
     await asyncio.sleep(0.01)
     assert await ask(clock, upstream(), store, store, "key") == first
     assert await ask(clock, upstream(), store, store, "other") != first
+
+
+async def test_a_program_that_plays_a_role_is_told_the_time_of_the_run_that_it_is_in() -> None:
+    told: list[str] = []
+
+    @program("player")
+    async def player(run: Run) -> str:
+        told.append(run.now.isoformat())
+        return "played"
+
+    @program("asks")
+    async def asks(run: Run) -> str:
+        told.append(run.now.isoformat())
+        return await run(letter, "q")
+
+    models = Models([asks, player], {"default": upstream()}, roles={"default": "player"})
+    served = models.find("asks")
+    assert isinstance(served, ServedProgram)
+    asked = Request(messages=(Message("user", "q"),))
+    await execute(Run(asks, asked, id="run", cast=models.cast(served), params=None))
+    assert len(told) == 2
+    assert told[0] == told[1]
 
 
 async def test_an_effect_that_raises_is_of_unknown_outcome_and_says_how_it_ended() -> None:
@@ -204,7 +228,7 @@ async def test_two_attempts_at_once_have_one_effect(tmp_path: Path) -> None:
         first = asyncio.ensure_future(ask(mails, upstream(), store, store, "key"))
         await entered.wait()
         second = asyncio.ensure_future(ask(mails, upstream(), store, store, "key"))
-        assert await asyncio.gather(first, second) == ["sent", "sent"]
+        assert list(await asyncio.gather(first, second)) == ["sent", "sent"]
     finally:
         await store.close()
     assert world == ["x"]
@@ -357,6 +381,12 @@ def test_effects_and_doing_without_the_cache_exclude_each_other(policy: CachePol
         check(payer, identity="key", cache=policy, journal=True)
 
 
+def test_effects_are_not_had_once_for_each_of_several_choices() -> None:
+    with pytest.raises(InvalidRequest, match="3 choices would have them 3 times") as refused:
+        check(payer, identity="key", cache=CachePolicy(), journal=True, choices=3)
+    assert refused.value.param == "n"
+
+
 def test_a_server_without_a_journal_refuses_effects() -> None:
     with pytest.raises(InvalidRequest, match="this server keeps no journal"):
         check(payer, identity="key", cache=CachePolicy(), journal=False)
@@ -371,11 +401,11 @@ def test_a_program_without_effects_wants_nothing() -> None:
 
 
 async def test_an_effect_that_no_one_foresaw_is_refused_when_it_is_met() -> None:
-    hidden = {"tool": pay}
+    hidden = SimpleNamespace(tool=pay)
 
     @program("sly")
     async def sly(run: Run) -> str:
-        return await run(getattr(run, "_x", None) or dict(hidden)["tool"], 1)
+        return str(await run(hidden.tool, 1))
 
     with pytest.raises(InvalidRequest, match='program "sly" calls "pay", an effect that must not be repeated'):
         await run_program(sly, "q", upstream=upstream(), cache=MemoryCache())
@@ -389,13 +419,13 @@ async def test_a_program_with_effects_plays_no_role_of_another() -> None:
     models = Models([asks, payer], {"default": upstream()}, roles={"default": "payer"})
     served = models.find("asks")
     assert isinstance(served, ServedProgram)
-    with pytest.raises(InvalidRequest, match='program "payer" has effects .* so it cannot play a role of another'):
+    with pytest.raises(InvalidRequest, match=r'program "payer" has effects .* so it cannot play a role of another'):
         await require(asks, models.cast(served))
 
 
 def test_an_effect_is_not_cached_too() -> None:
     with pytest.raises(TypeError, match="exclude each other"):
-        tool(effect=True, cache=True)(lambda text: text)
+        tool(effect=True, cache=True)(str.upper)
 
 
 async def test_journals_of_scopes_programs_and_keys_are_apart() -> None:
@@ -410,6 +440,15 @@ async def test_journals_of_scopes_programs_and_keys_are_apart() -> None:
         journal = await Journal.begun(store, scope=scope, program=name, identity=identity)
         assert await journal.perform("t", {}, "0/0", act, repeatable=False) == "ok"
     assert len(set(done)) == 4
+
+
+async def test_a_key_that_was_used_for_another_request_is_refused_wherever_that_was() -> None:
+    store = MemoryCache()
+    for _ in range(2):
+        await Journal.begun(store, scope="", program="p", identity="k", request="a")
+    with pytest.raises(InvalidRequest, match="was used for another request") as refused:
+        await Journal.begun(store, scope="", program="p", identity="k", request="b")
+    assert (refused.value.status, refused.value.code) == (400, "idempotency_key_reused")
 
 
 # Killed

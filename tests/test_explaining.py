@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from asmodel import Message, Run, gather, program, step, tracing
-from asmodel.calls import CachePolicy
+from asmodel.calls import CachePolicy, Call, Chat
 from asmodel.errors import ConfigurationError, UpstreamRejected
 from asmodel.explaining import Explained, explain
 from asmodel.programs import Program
@@ -208,8 +208,12 @@ async def test_a_book_of_20_chapters_with_one_word_changed(explainer: Explainer)
 
         return body
 
+    def said(call: Call) -> str:
+        assert isinstance(call, Chat)
+        return f"<{call.messages[0].text[-40:]}>"
+
     chapters = [f"Chapter {n}. It was a dark night." for n in range(20)]
-    up = FunctionUpstream(lambda call: f"<{call.messages[0].text[-40:]}>", name="up")  # type: ignore[union-attr]
+    up = FunctionUpstream(said, name="up")
     assert Counter(e.outcome for e in await explainer(book(chapters), up=up)) == {"miss": 21}
     assert len(up.calls) == 21
 

@@ -11,7 +11,7 @@ import pytest
 
 from asmodel import InvalidRequest, Message, Run, gather, program, step, tool
 from asmodel.app import onion
-from asmodel.calls import CachePolicy
+from asmodel.calls import CachePolicy, Call, Chat
 from asmodel.models import Models
 from asmodel.planning import Plan, foresee
 from asmodel.programs import Program
@@ -36,8 +36,13 @@ def ask(text: str) -> str:
     return text
 
 
+def said(call: Call) -> str:
+    assert isinstance(call, Chat)
+    return f"<{call.messages[0].text}>"
+
+
 def upstream() -> FunctionUpstream:
-    return FunctionUpstream(lambda call: f"<{call.messages[0].text}>", name="up")  # type: ignore[union-attr]
+    return FunctionUpstream(said, name="up")
 
 
 def models(up: FunctionUpstream, store: Cache, *programs: Program[Any, Any], **more: Any) -> Models:

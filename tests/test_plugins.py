@@ -392,7 +392,11 @@ def test_a_folder_must_be_there(tmp_path: Path) -> None:
     assert complaint(file) == f"program folder {file} is a file; give the folder it is in"
 
 
-def test_a_package_that_is_called_programs_already_is_not_hidden(site: Path, tmp_path: Path) -> None:
+def test_a_package_that_is_called_programs_already_is_not_hidden(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Program files that another test has loaded would be found in its place.
+    monkeypatch.delitem(sys.modules, "programs", raising=False)
     write(site / "programs", __init__="")
     importlib.import_module("programs")
     told = complaint(write(tmp_path / "p", a=""))

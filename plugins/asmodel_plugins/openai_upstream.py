@@ -103,7 +103,9 @@ class OpenAIUpstream:
                 f"upstreams.{name}.can: there is no {', '.join(map(repr, unknown))}; "
                 f"there are {', '.join(sorted(_FLAGS))}"
             )
-        flags = {"verbatim": True, "completion": True, "schema": True, "tools": True, "embeddings": True} | dict(can or {})
+        flags = {"verbatim": True, "completion": True, "schema": True, "tools": True, "embeddings": True} | dict(
+            can or {}
+        )
         # None: not tried yet. What an operator forbids is never tried, what an operator promises is.
         self._scoring: bool | None = False if flags.pop("loglikelihood", None) is False else None
         self._capabilities = Capabilities(**flags, context=context)
@@ -216,11 +218,12 @@ class OpenAIUpstream:
                         delta = assembly.add(answer)
                     except ValueError as error:
                         raise self._broken(f"sent an answer that is none: {error}") from error
+                    self._look_at_finish(reply.finish)
                     if terms.verbatim is not None:
-                        await terms.verbatim(b"data: " + orjson.dumps(_as_chunk(answer)) + b"\n\n")
+                        for made in _as_chunks(answer, usage=terms.usage_asked):
+                            await terms.verbatim(b"data: " + orjson.dumps(made) + b"\n\n")
                     if delta is not None:
                         await emit(delta)
-                    self._look_at_finish(reply.finish)
                     return reply
                 chunks = _once(data)
             else:
@@ -577,13 +580,27 @@ class _Unreadable(ValueError):
     """The stream is none: apart from what `emit` may raise, which is not the upstream's doing."""
 
 
-def _as_chunk(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole completion as the one chunk of a stream: of a server that was asked to stream and does not."""
+def _as_chunks(body: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
+    """A whole completion as the chunks of a stream: of a server that was asked to stream and does not."""
+    frame = {k: v for k, v in body.items() if k not in ("choices", "usage")} | {"object": "chat.completion.chunk"}
     choices = [
-        {**{k: v for k, v in mapping(choice).items() if k != "message"}, "delta": mapping(choice).get("message")}
+        {**{k: v for k, v in mapping(choice).items() if k != "message"}, "delta": _as_delta(mapping(choice))}
         for choice in cast("list[object]", body.get("choices") or [])
     ]
-    return {**body, "object": "chat.completion.chunk", "choices": choices}
+    chunks: list[dict[str, Any]] = [{**frame, "choices": choices}]
+    if usage and body.get("usage") is not None:
+        chunks.append({**frame, "choices": [], "usage": body["usage"]})
+    return chunks
+
+
+def _as_delta(choice: Mapping[str, Any]) -> dict[str, Any]:
+    message = dict(mapping(choice.get("message")))
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        # Only in a stream have they numbers, by which clients put them together.
+        numbered = enumerate(cast("list[object]", calls))
+        message["tool_calls"] = [{"index": place, **mapping(call)} for place, call in numbered]
+    return message
 
 
 def _is_usage_alone(data: bytes) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
 
 import orjson
@@ -466,6 +467,8 @@ class Terms:
     progress: Progress | None = None
     depth: int = 0
     """How many programs this call is inside of."""
+    now: datetime | None = None
+    """When the run began, for a program that plays the role: it is told the same."""
     accept: Callable[[Reply], object] | None = None
     """Raises ValueError on a reply that must not be stored, because its step cannot read it."""
 

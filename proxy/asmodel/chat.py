@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from asmodel.calls import CachePolicy
 from asmodel.errors import AsmodelError, InvalidRequest, PayloadTooLarge
 from asmodel.exchange import Exchange, Gone, read_body
 from asmodel.models import Model, ServedProgram
+from asmodel.progress import Told
 from asmodel.service import Asked, Job, Outcome, Service, stopping
 
 T = TypeVar("T")
@@ -108,7 +110,8 @@ class ChatCompletions:
                 outcome = "cut off"
                 tracing.record_response(span, exchange.status or 503, stopping())
                 tracing.record_error(span, stopping())
-                await exchange.break_off(stopping())
+                # Unless it reads nothing, and so cannot be told.
+                await _within(exchange.break_off(stopping()), 1.0)
             finally:
                 exchange.log(outcome)
 
@@ -118,7 +121,11 @@ class ChatCompletions:
         if kind != "application/json":
             raise InvalidRequest("the body should be sent as `Content-Type: application/json`")
         body = await read_body(receive, self._body_bytes)
-        request = wire.read_chat(body)
+        try:
+            request = wire.read_chat(body, messages=self._messages)
+        except wire.TooManyMessages:
+            self._service.meter.refused("messages")
+            raise
         watch = asyncio.ensure_future(exchange.gone())
         try:
             return await self._answer(exchange, request, body, watch)
@@ -153,9 +160,11 @@ class ChatCompletions:
             cache=cache_policy(exchange.headers, request.asmodel),
             scope=exchange.caller.scope,
             n=request.n or 1,
+            stream_asks=request.stream_asks if request.stream and not isinstance(model, ServedProgram) else {},
             ignored=tuple(ignored),
             usage_asked=bool(request.stream_options and request.stream_options.include_usage),
             identity=identity(exchange.headers),
+            digest=hashlib.sha256(body).hexdigest(),
         )
         answering = await self._begun(exchange, asked, model, body, watch, stream=bool(request.stream))
         exchange.job = answering.job
@@ -182,9 +191,6 @@ class ChatCompletions:
         return found
 
     def _check(self, request: wire.ChatRequest) -> None:
-        if len(request.messages) > self._messages:
-            self._service.meter.refused("messages")
-            raise InvalidRequest(f"`messages`: at most {self._messages}, not {len(request.messages)}", param="messages")
         if request.n is not None and request.n > self._n:
             self._service.meter.refused("n")
             raise InvalidRequest(f"`n`: at most {self._n}, not {request.n}", param="n")
@@ -194,7 +200,7 @@ class ChatCompletions:
             await asyncio.wait((answering.task, watch), return_when=asyncio.FIRST_COMPLETED)
             if not answering.task.done():
                 raise Gone
-        outcomes = answering.task.result()
+        outcomes = answering.outcomes()
         if answering.verbatim:
             await exchange.send(200, b"".join(e for e in answering.events if isinstance(e, bytes)))
             return "200"
@@ -310,6 +316,9 @@ class _Stream:
         """When the last lines of progress were told."""
         self._lines: set[str] = set()
         """Which were."""
+        self._book: Told = {}
+        self._began = False
+        """Whether the roles are written, with which a stream that we put together ourselves begins."""
 
     async def run(self, watch: asyncio.Future[None]) -> str:
         """Write the stream. Raises AsmodelError where nothing has been sent yet, or Gone."""
@@ -339,7 +348,7 @@ class _Stream:
                 elif now - spoke >= KEEP_ALIVE_EVERY:
                     await self._exchange.write(wire.KEEP_ALIVE)
                     spoke = now
-        return await self._finish(work)
+        return await self._finish()
 
     async def _open(self) -> None:
         self._opened = self._exchange.streamed = True
@@ -351,8 +360,18 @@ class _Stream:
         }
         await self._exchange.start(200, headers)
         if not self._passed_on:
-            role = {"role": "assistant", "content": ""}
-            await self._exchange.write(b"".join(self._chunks.delta(i, role) for i in range(self._job.asked.n)))
+            await self._exchange.write(self._roles())
+        elif not self._answering.events:
+            # What will come is the upstream's own; until it comes, something that is nobody's.
+            await self._exchange.write(wire.KEEP_ALIVE)
+
+    def _roles(self) -> bytes:
+        """The roles, where they are not written yet."""
+        if self._began:
+            return b""
+        self._began = True
+        role = {"role": "assistant", "content": ""}
+        return b"".join(self._chunks.delta(i, role) for i in range(self._job.asked.n))
 
     @property
     def _passed_on(self) -> bool:
@@ -370,6 +389,7 @@ class _Stream:
                 parts.append(event)
                 continue
             choice, delta = event
+            parts.append(self._roles())
             if delta.text and not self._said[choice].text:
                 parts += self._progress_chunks(last=True)
             if body := self._said[choice].add(delta):
@@ -387,7 +407,7 @@ class _Stream:
             return chunks
         # Clients show reasoning before content, and would open it again.
         silent = [i for i, said in enumerate(self._said) if not said.text]
-        while silent and self._full() <= 0 and (line := self._job.progress.next_line()) is not None:
+        while silent and self._full() <= 0 and (line := self._job.progress.next_line(self._book)) is not None:
             if line in self._lines:
                 continue  # A step has begun, which the line does not show.
             self._lines.add(line)
@@ -404,9 +424,9 @@ class _Stream:
         pause = self._told[-1] + 1.0 / (LINES_A_SECOND - 1) - time.monotonic() if self._told else 0.0
         return max(pause, self._full())
 
-    async def _finish(self, work: asyncio.Task[list[Outcome]]) -> str:
+    async def _finish(self) -> str:
         try:
-            outcomes = work.result()
+            outcomes = self._answering.outcomes()
         except AsmodelError as error:
             if not self._opened:
                 raise
@@ -424,7 +444,7 @@ class _Stream:
         if self._answering.verbatim:
             await self._exchange.write(wire.DONE, last=True)
             return "200"
-        ends: list[bytes] = []
+        ends = [self._roles()]
         everything = receipt(self._exchange, self._job, outcomes)
         for i, outcome in enumerate(outcomes):
             if rest := self._said[i].rest(outcome.answer, outcome.reply):

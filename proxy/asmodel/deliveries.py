@@ -8,13 +8,12 @@ have no draw, so there the next answer costs nothing and is the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import orjson
 
-from asmodel.calls import JSON, canonical
+from asmodel.calls import canonical
 from asmodel.protocols import Cache
 from asmodel.tags import DELIVERIES
 
@@ -52,14 +51,14 @@ class Deliveries:
     def __init__(self, store: Cache) -> None:
         self._store = store
 
-    async def begin(self, asked: Mapping[str, JSON], *, scope: str, retry: bool) -> Delivery:
+    async def begin(self, request: str, *, scope: str, retry: bool) -> Delivery:
         """An answer that is about to be made.
 
-        `asked` is all that makes the request what it is (model, messages, parameters, …) and nothing that differs
-        between it and its repetition; `retry` says that an SDK sends it again by itself (`x-stainless-retry-count`
-        above 0).
+        `request` is a digest of all that makes the request what it is (model, messages, parameters, …) and of nothing
+        that differs between it and its repetition; `retry` says that an SDK sends it again by itself
+        (`x-stainless-retry-count` above 0).
         """
-        key = hashlib.sha256(canonical(["delivery", _VERSION, scope, asked])).hexdigest()
+        key = hashlib.sha256(canonical(["delivery", _VERSION, scope, request])).hexdigest()
         generation, delivered = _read(await self._store.get(key)) or (0, False)
         if delivered and not retry:
             generation += 1

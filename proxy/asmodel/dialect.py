@@ -50,7 +50,8 @@ MESSAGE_LIMIT = 500
 def body_of(call: Chat | Completion | Embed, model: str, *, stream: bool = False, n: int = 1) -> dict[str, Any]:
     """The JSON body of the call for the route of its kind; `n` choices, of which a Reply holds the first.
 
-    `stream` and `stream_options` of the parameters are ours to decide and are dropped. Raises Unsupported on an `n`
+    `stream` of the parameters is ours to decide and is dropped, and so is whether a stream tells its usage, which each
+    does; the other `stream_options` are sent with a stream. Raises Unsupported on an `n`
     among the parameters other than 1: the other choices would be paid for and lost.
     """
     body: dict[str, Any] = {k: v for k, v in call.params.items() if k not in ("stream", "stream_options")}
@@ -72,7 +73,7 @@ def body_of(call: Chat | Completion | Embed, model: str, *, stream: bool = False
         body["input"] = list(call.texts)
     if stream:
         body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
+        body["stream_options"] = {**mapping(call.params.get("stream_options")), "include_usage": True}
     return body
 
 

@@ -47,11 +47,13 @@ class JournalUnusable(ProgramError):
     retry = True
 
 
-def check(program: Program[Any, Any], *, identity: str | None, cache: CachePolicy, journal: bool) -> None:
+def check(
+    program: Program[Any, Any], *, identity: str | None, cache: CachePolicy, journal: bool, choices: int = 1
+) -> None:
     """Refuse, before anything is bought, a program whose effects could not be kept from being repeated.
 
-    `identity` is the client's Idempotency-Key; `journal` says whether there is a store to keep one in. Raises
-    InvalidRequest.
+    `identity` is the client's Idempotency-Key; `journal` says whether there is a store to keep one in; `choices` is the
+    request's `n`. Raises InvalidRequest.
     """
     has = _has(program)
     if has is None:
@@ -62,6 +64,8 @@ def check(program: Program[Any, Any], *, identity: str | None, cache: CachePolic
             param="model",
             code="no_journal",
         )
+    if choices > 1:
+        raise InvalidRequest(f"{has}, and {choices} choices would have them {choices} times", param="n")
     if not identity:
         raise InvalidRequest(
             f"{has}; send an Idempotency-Key header, new for each request and the same for its retries",
@@ -103,11 +107,12 @@ class Journal:
         self._sound = sound
 
     @classmethod
-    async def begun(cls, store: Cache, *, scope: str, program: str, identity: str) -> Journal:
+    async def begun(cls, store: Cache, *, scope: str, program: str, identity: str, request: str = "") -> Journal:
         """The journal of a run, begun now or by an earlier attempt at it.
 
-        `identity` is equal for a request and its retries alone. Where the store does not answer, the journal serves a
-        run without effects, and refuses any effect.
+        `identity` is equal for a request and its retries alone, and `request` is a digest of what was asked. Where the
+        store does not answer, the journal serves a run without effects, and refuses any effect. Raises InvalidRequest
+        where the identity is that of another request.
         """
         journal = cls(store, [scope, program, identity], datetime.now(UTC), sound=False)
         key = journal._key("now")
@@ -115,7 +120,14 @@ class Journal:
             async with _alone(store, key):
                 written = await journal._look(key)
                 if written is None:
-                    await journal._write(key, {"now": journal.now.isoformat()}, "the run is not begun")
+                    begun = {"now": journal.now.isoformat(), "request": request}
+                    await journal._write(key, begun, "the run is not begun")
+                elif written["request"] != request:
+                    raise InvalidRequest(
+                        "this Idempotency-Key was used for another request; use a new key for a new request",
+                        param="Idempotency-Key",
+                        code="idempotency_key_reused",
+                    )
                 else:
                     journal.now = datetime.fromisoformat(str(written["now"]))
         except (JournalUnusable, KeyError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -31,21 +32,50 @@ class Gone(Exception):
     """The client has left."""
 
 
-async def read_body(receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises PayloadTooLarge, or Gone."""
-    parts: list[bytes] = []
+SILENCE = 30.0
+"""Seconds without a byte of a body after which no more is waited for."""
+READING = 300.0
+"""Seconds that a whole body may take to come."""
+DISCARDED = 64_000_000
+"""Bytes beyond the limit that are taken in and thrown away: most clients listen only once they have sent it all."""
+
+
+class BodyTimeout(AsmodelError):
+    """The body has stopped coming; a retry may fare better."""
+
+    status = 408
+    type = "invalid_request_error"
+    code: str | None = "body_timeout"
+
+
+async def read_body(receive: Receive, limit: int, *, silence: float = SILENCE) -> bytes:
+    """The whole body. Raises PayloadTooLarge, BodyTimeout after `silence` seconds without any of it, or Gone."""
+    data = bytearray()
     size = 0
-    while True:
-        message = await receive()
+    ends = time.monotonic() + READING
+    more = True
+    while more:
+        try:
+            async with asyncio.timeout(min(silence, max(0.0, ends - time.monotonic()))):
+                message = await receive()
+        except TimeoutError:
+            if size > limit:
+                break
+            raise BodyTimeout("the body has not come to its end in time") from None
         if message["type"] == "http.disconnect":
             raise Gone
         part = message.get("body", b"")
+        more = message.get("more_body", False)
         size += len(part)
-        if size > limit:
-            raise PayloadTooLarge(f"the body is larger than the {limit} bytes that this server takes")
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+        if size <= limit:
+            data += part
+        else:
+            data.clear()
+            if size > limit + DISCARDED:
+                break
+    if size > limit:
+        raise PayloadTooLarge(f"the body is larger than the {limit} bytes that this server takes")
+    return bytes(data)
 
 
 class Exchange:
@@ -178,6 +208,8 @@ def retry_headers(error: AsmodelError) -> dict[str, str]:
     headers: dict[str, str] = {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # What is left of the body may still come, and is not the next request.
     if error.retry is not None:
         headers["x-should-retry"] = "true" if error.retry else "false"
     if error.retry_after is not None:

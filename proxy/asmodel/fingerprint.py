@@ -30,11 +30,14 @@ _EACH = 48
 BY = "by"
 """Names, in a fingerprint, the secret: digests by different secrets tell nothing of each other."""
 
+_OWN = "params.own."
+
 _PARAMETERS = frozenset(
-    "temperature top_p top_k min_p n seed stop max_tokens max_completion_tokens frequency_penalty presence_penalty "
-    "repetition_penalty logit_bias logprobs top_logprobs response_format tool_choice parallel_tool_calls modalities "
-    "audio prediction reasoning_effort verbosity service_tier store metadata user safety_identifier prompt_cache_key "
-    "web_search_options documents echo suffix best_of dimensions encoding_format".split()
+    {"temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "max_tokens", "max_completion_tokens", "logit_bias"}
+    | {"frequency_penalty", "presence_penalty", "repetition_penalty", "logprobs", "top_logprobs", "response_format"}
+    | {"tool_choice", "parallel_tool_calls", "modalities", "audio", "prediction", "reasoning_effort", "verbosity"}
+    | {"service_tier", "store", "metadata", "user", "safety_identifier", "prompt_cache_key", "web_search_options"}
+    | {"documents", "echo", "suffix", "best_of", "dimensions", "encoding_format"}
 )
 
 Fingerprint = Mapping[str, str]
@@ -59,7 +62,11 @@ class Fingerprints:
         made = {BY: hashlib.sha256(secret).hexdigest()[:8]}
         for name, value in (*_parts(call), ("scope", scope)):
             told = name.encode() + b"\0" + canonical(value)
-            made[name] = hmac.digest(secret, told, "sha256").hex()[:8]
+            digest = hmac.digest(secret, told, "sha256").hex()[:8]
+            if name.startswith(_OWN):
+                # A name of the caller's own making, which is not for a trace to tell.
+                name = f"{_OWN}{hmac.digest(secret, name.encode(), 'sha256').hex()[:8]}"
+            made[name] = digest
         return made
 
     async def _load(self) -> bytes:
@@ -99,11 +106,8 @@ def _parts(call: Call) -> Iterator[tuple[str, object]]:
             if len(items) > _EACH:
                 yield f"{name}.{_EACH}-", items[_EACH:]
         elif name == "params":
-            for place, (parameter, given) in enumerate(cast("Mapping[str, Any]", value).items()):
-                if parameter in _PARAMETERS:
-                    yield f"params.{parameter}", given
-                else:  # A name of the caller's own making, which is not for a trace to tell.
-                    yield f"params.own.{place}", [parameter, given]
+            for parameter, given in cast("Mapping[str, Any]", value).items():
+                yield ("params." if parameter in _PARAMETERS else _OWN) + parameter, given
         else:
             yield name, value
 

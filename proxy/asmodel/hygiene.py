@@ -26,11 +26,11 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from asmodel.programs import Program
 
-Kind: TypeAlias = Literal["clock", "chance", "environment", "global"]
+Kind: TypeAlias = Literal["clock", "chance", "environment", "global", "uncached"]
 
 _CLOCKS = [time.time, time.time_ns, time.monotonic, time.monotonic_ns, time.perf_counter, time.perf_counter_ns]
 _CLOCKS_OF_NOW = [time.localtime, time.gmtime, time.ctime, time.asctime, time.strftime]
@@ -78,7 +78,12 @@ class Remark:
 
     @property
     def where(self) -> str:
-        return f"{self.file or '?'}:{self.line}"
+        """As one reads it from the current folder."""
+        file = self.file
+        if file is None:
+            return f"?:{self.line}"
+        near = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else Path(*file.parts[-2:])
+        return f"{near}:{self.line}"
 
     def __str__(self) -> str:
         who = f'step "{self.step}"' if self.step is not None else f'program "{self.program}"'
@@ -87,6 +92,7 @@ class Remark:
             "chance": "draws by chance",
             "environment": "reads the environment",
             "global": "uses a global that can change",
+            "uncached": "is not kept in the cache, in a program with effects",
         }
         return f"{self.where}: {who} {reads[self.kind]} ({self.what}); {self.instead}"
 
@@ -111,6 +117,18 @@ def remarks(program: Program[Any, Any]) -> list[Remark]:
 
     for step in program.steps:
         note(step.show, step.name)
+        if program.effects and (not step.options.get("cache", True) or "ttl" in step.options):
+            function = inspect.unwrap(step.show)
+            remark = Remark(
+                program=program.name,
+                step=step.name,
+                kind="uncached",
+                what="cache=False" if not step.options.get("cache", True) else "ttl",
+                file=_file(cast("FunctionType", function)),
+                line=function.__code__.co_firstlineno,
+                instead="a retry may be told something else, and have an effect again with that; keep it",
+            )
+            found[str(remark.file), remark.line, remark.what] = remark
     note(program.function, None)
     return sorted(found.values(), key=lambda r: (str(r.file), r.line, r.what))
 

@@ -344,6 +344,7 @@ class PlayedByProgram:
             store=self._store,
             emit=terms.emit,
             depth=terms.depth + 1,
+            now=terms.now,
             plan=self._plan,
             meter=self._meter,
         )

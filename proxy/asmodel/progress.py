@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from asmodel.calls import Source
 
@@ -16,18 +17,26 @@ class _Count:
     done: int = 0
     cached: int = 0
     again: int = 0
-    changed: bool = False
+    changes: int = 0
 
 
 # Only which line of progress a step is counted in; no answer depends on it.
 _part: ContextVar[str] = ContextVar("asmodel_part", default="")
 
 
+Told: TypeAlias = dict[tuple[str, str], int]
+"""How often a line had changed when it was last told, by part and step; the one told longest ago comes first."""
+
+
 class Progress:
-    """Counts by part and step. Writers never wait; a reader takes what has changed, as often as it likes."""
+    """Counts by part and step. Writers never wait; a reader takes what has changed, as often as it likes.
+
+    Each reader keeps its own `told`, so that what one of them has taken is there for the others still.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], _Count] = {}
+        self._told: Told = {}
         self._of: dict[str, int] = {}
         self.answered = False
         """Whether any step has been answered yet."""
@@ -52,7 +61,7 @@ class Progress:
         return count
 
     def _changed(self, count: _Count) -> None:
-        count.changed = True
+        count.changes += 1
         if self.on_change is not None:
             self.on_change()
 
@@ -73,15 +82,22 @@ class Progress:
         self.answered = True
         self._changed(count)
 
-    def next_line(self) -> str | None:
-        """The line that has waited longest to be told, as it stands now; None where all has been told."""
-        for (part, step), count in self._counts.items():
-            if count.changed:
-                count.changed = False
-                # To the end, so that a busy step does not keep the others from being told.
-                self._counts[part, step] = self._counts.pop((part, step))
-                return _line(part, step, count, self._of.get(part, 0))
-        return None
+    def next_line(self, told: Told | None = None) -> str | None:
+        """The line that has waited longest to be told, as it stands now; None where all has been told.
+
+        `told` is the reader's own book of it; without one, all who ask share one.
+        """
+        book = self._told if told is None else told
+        waiting = (place for place, count in self._counts.items() if count.changes != book.get(place, 0))
+        # In the order of the book where it is in it, so that a busy step does not keep the others from being told.
+        order = {place: number for number, place in enumerate(book)}
+        place = min(waiting, key=lambda place: order.get(place, -1), default=None)
+        if place is None:
+            return None
+        count = self._counts[place]
+        book.pop(place, None)
+        book[place] = count.changes
+        return _line(*place, count, self._of.get(place[0], 0))
 
 
 def _line(part: str, step: str, count: _Count, of: int) -> str:

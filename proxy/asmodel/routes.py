@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from asmodel import wire
 from asmodel.access import Access
-from asmodel.errors import AsmodelError, InvalidRequest
+from asmodel.errors import AsmodelError, InvalidRequest, ModelNotFound
 from asmodel.exchange import Exchange
 from asmodel.models import Model, Models, ServedProgram
 from asmodel.service import Service
@@ -35,6 +35,8 @@ class ModelList:
             wanted = scope["path_params"].get("id")
             if wanted is None:
                 body: dict[str, Any] = {"object": "list", "data": [self._entry(m) for m in self._models.all()]}
+            elif len(wanted) > wire.NAME:
+                raise ModelNotFound(f"a model's name has at most {wire.NAME} characters", param="model")
             else:
                 body = self._entry(self._models.find(wanted))
         except AsmodelError as error:

@@ -447,6 +447,7 @@ class Run(Generic[ParamsT]):
             budget=self.budget,
             progress=self._progress,
             depth=self.depth,
+            now=self.now,
             accept=step.read,
         )
 

@@ -12,18 +12,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from asmodel import structured
+import orjson
+
+from asmodel import effects, structured
 from asmodel import tracing
 from asmodel.budget import Budget, Limits
 from asmodel.calls import JSON, CachePolicy, Chat, Document, Emit, Message, Reply, Terms
-from asmodel.errors import AsmodelError, Draining, InvalidRequest, LimitExceeded
+from asmodel.effects import Journal
+from asmodel.errors import AsmodelError, Draining, InvalidRequest, LimitExceeded, ProgramError
 from asmodel.meter import UNMEASURED, Meter
-from asmodel.models import Model, Models, ServedProgram
-from asmodel.programs import Answer
+from asmodel.models import Model, Models, RoleCast, ServedProgram
+from asmodel.programs import Answer, Program
 from asmodel.progress import Progress
 from asmodel.protocols import Cache
 from asmodel.run import Request, Run, execute, finished, require
-from asmodel.upstreams import name_of
 
 LOADING = 60.0
 """Seconds that a request waits for the upstreams to be opened, before it is told to come back."""
@@ -52,8 +54,12 @@ class Asked:
     n: int = 1
     usage_asked: bool = False
     """Whether a stream's usage chunk was asked for."""
+    stream_asks: Mapping[str, JSON] = field(default_factory=dict[str, Any])
+    """What was asked of the stream besides, for an upstream whose own stream is the answer."""
     identity: str | None = None
     """What names the run for its client: its `Idempotency-Key`."""
+    digest: str = ""
+    """Of the request as it was sent, by which it is known that an identity is used for no other."""
     ignored: tuple[str, ...] = ()
     """Names of what was sent and has no meaning for this model."""
 
@@ -153,44 +159,61 @@ class Service:
         if self.draining:
             raise stopping()
         if isinstance(model, ServedProgram):
-            structured.reader(asked.shape.get("response_format"))
+            effects.check(
+                model.program,
+                identity=asked.identity,
+                cache=self._policy(model, asked),
+                journal=self.store is not None,
+            )
+            if (wanted := asked.shape.get("response_format")) is not None:
+                # In a thread: to read a large schema takes a while. It is remembered.
+                await asyncio.to_thread(structured.reader, wanted)
         limits = self._limits.tightened(asked.limits)
         if isinstance(model, ServedProgram):
             limits = limits.tightened(self._program_limits.get(model.program.name, Limits()))
         budget = Budget(limits=limits)
         if isinstance(model, ServedProgram):
-            with tracing.waiting("upstream.detection"), budget.asking():  # An upstream that must try before it can say what it can is asked here, once.
+            with (
+                tracing.waiting("upstream.detection"),
+                budget.asking(),
+            ):  # An upstream that must try before it can say what it can is asked here, once.
                 await require(model.program, self.models.cast(model, asked.roles))
         if limits.cost is not None:
-            self._refuse_unpriced(model, asked)
+            self._refuse_unpriced(model, asked.roles, asked)
         deadline = None if limits.seconds is None else asyncio.get_running_loop().time() + limits.seconds
         id = f"run_{secrets.token_hex(8)}"
         return Job(id=id, model=model, asked=asked, budget=budget, deadline=deadline, params=params)
 
-    def _refuse_unpriced(self, model: Model, asked: Asked) -> None:
+    def _refuse_unpriced(self, model: Model, roles: Mapping[str, str], asked: Asked) -> None:
         """A cost that cannot be known cannot be limited."""
         if isinstance(model, ServedProgram):
-            cast = self.models.cast(model, asked.roles)
-            players = [cast.play(step.role) for step in model.program.steps]
-        else:
-            players = [model.upstream]
-        for player in players:
-            if getattr(player, "priced", None) is False:
-                raise InvalidRequest(
-                    f'the cost of "{name_of(player)}" is not known, so it cannot be limited: set its price '
-                    f"([upstreams.{name_of(player)}] price = {{ input = …, output = … }}), or limit calls or tokens",
-                    param="asmodel.limits.cost",
-                )
+            self._refuse_unpriced_roles(model.program, self.models.cast(model, roles), roles, asked)
+        elif getattr(model.upstream, "priced", None) is False:
+            raise InvalidRequest(
+                f'the cost of "{model.name}" is not known, so it cannot be limited: set its price '
+                f"([upstreams.{model.name}] price = {{ input = …, output = … }}), or limit calls or tokens",
+                param=None if asked.limits.cost is None else "asmodel.limits.cost",
+            )
+
+    def _refuse_unpriced_roles(
+        self, program: Program[Any, Any], cast: RoleCast, roles: Mapping[str, str], asked: Asked
+    ) -> None:
+        for player in {cast.who(step.role).name: cast.who(step.role) for step in program.steps}.values():
+            # A program that plays a role is not given that role again; that no roles lead in a circle has been seen to.
+            self._refuse_unpriced(player, {r: who for r, who in roles.items() if who != player.name}, asked)
+        for inner in program.programs:
+            if inner.name != program.name:
+                self._refuse_unpriced_roles(inner, cast.nested(inner), roles, asked)
 
     async def passes_on(self, job: Job) -> bool:
         """Whether the upstream's own bytes go to the client: it speaks OpenAI's format, and no cache is asked first."""
-        if isinstance(job.model, ServedProgram) or self._policy(job).mode != "off":
+        if isinstance(job.model, ServedProgram) or self._policy(job.model, job.asked).mode != "off":
             return False
         return (await job.model.upstream.capabilities()).verbatim
 
-    def _policy(self, job: Job) -> CachePolicy:
-        on = self._cache_programs if isinstance(job.model, ServedProgram) else self._cache_upstreams
-        return job.asked.cache or CachePolicy(mode="on" if on else "off")
+    def _policy(self, model: Model, asked: Asked) -> CachePolicy:
+        on = self._cache_programs if isinstance(model, ServedProgram) else self._cache_upstreams
+        return asked.cache or CachePolicy(mode="on" if on else "off")
 
     async def answer(
         self,
@@ -216,8 +239,17 @@ class Service:
         self, job: Job, choice: int, emit: Emit | None, verbatim: Callable[[bytes], Awaitable[None]] | None
     ) -> Outcome:
         model, asked = job.model, job.asked
-        cache = self._policy(job)
+        cache = self._policy(model, asked)
         if isinstance(model, ServedProgram):
+            journal = None
+            if asked.identity is not None and self.store is not None:
+                journal = await Journal.begun(
+                    self.store,
+                    scope=asked.scope,
+                    program=model.program.name,
+                    identity=asked.identity,
+                    request=asked.digest,
+                )
             run: Run[Any] = Run(
                 model.program,
                 Request(messages=asked.messages, documents=asked.documents, hints=asked.hints, shape=asked.shape),
@@ -232,11 +264,15 @@ class Service:
                 deadline=job.deadline,
                 store=self.store,
                 emit=emit,
+                journal=journal,
                 meter=self.meter,
             )
             answer = finished(run, await execute(run))
+            _check(model.program, answer, run.replied, asked)
             return Outcome(answer=answer, reply=run.replied, hinted=run.hinted)
         params = {**asked.hints, **asked.shape}
+        if verbatim is not None and emit is not None and asked.stream_asks:
+            params["stream_options"] = dict(asked.stream_asks)
         tools = params.pop("tools", None) or ()
         call = Chat(
             identity=model.upstream.identity,
@@ -272,3 +308,27 @@ class Service:
             job.budget.joined += 1
         answer = Answer(text=reply.text, finish=reply.finish, tool_calls=reply.tool_calls)
         return Outcome(answer=answer, reply=reply)
+
+
+def _check(program: Program[Any, Any], answer: Answer, reply: Reply | None, asked: Asked) -> None:
+    """Hold what a program returned to what its client was promised. Raises ProgramError."""
+    try:
+        orjson.dumps([answer.text, answer.data, [[c.id, c.text] for c in answer.citations]])
+    except orjson.JSONEncodeError:
+        raise ProgramError(
+            f'program "{program.name}" returned what JSON cannot carry: text that is not Unicode, or `data` of a type '
+            "that JSON has not"
+        ) from None
+    fits = structured.reader(asked.shape.get("response_format"))
+    if fits is None:
+        return
+    refusal = None if reply is None else reply.refusal
+    whole = Reply(text=answer.text, finish=answer.finish, tool_calls=tuple(answer.tool_calls), refusal=refusal)
+    try:
+        fits(whole)
+    except ValueError as error:
+        raise ProgramError(
+            f'program "{program.name}" returned an answer that is not of the `response_format` that was asked for: '
+            f"{error}",
+            code="answer_unfit",
+        ) from None

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, NoReturn, cast
 
-from asmodel.calls import Reply
+import orjson
+
+from asmodel.calls import NotJSON, Reply, canonical
 from asmodel.errors import InvalidRequest
+
+SCHEMA_PARTS = 12_000
+"""How many values a client's schema may be made of; OpenAI's own bound comes to less."""
+PATIENCE = 0.5
+"""Seconds that holding one answer against its schema may take. It takes milliseconds, unless the schema is made not to:
+alternatives of alternatives double the work at each level."""
+
+_DATA = frozenset(("const", "enum", "default", "examples"))
+"""Keywords whose values are data, not schemas."""
+_UNFINISHED = frozenset(("length", "content_filter"))
+"""Finish reasons that say themselves that the answer is not whole; SDKs raise errors of their own for these."""
 
 
 def reader(response_format: object) -> Callable[[Reply], str] | None:
     """What reads an answer of that format: gives its text, or raises ValueError with a reason that a model can act on.
 
-    None where any text will do. A refusal and tool calls are answers of their own and are not held against it. Raises
-    InvalidRequest for a format that is none. Patterns are not checked: a client's regular expression could hold up
-    everybody's requests, and models keep to them or not as the upstream sees to it. Nothing is fetched for a `$ref`.
+    None where any text will do. A refusal, tool calls, and an answer that was cut off are answers of their own and are
+    not held against it. Raises InvalidRequest for a format that is none, and for a schema that would take too long.
+    Patterns are not checked: a client's regular expression could hold up everybody's requests, and models keep to them
+    or not as the upstream sees to it. Nothing is fetched for a `$ref`.
     """
     if not isinstance(response_format, Mapping):
         return None
@@ -32,59 +48,173 @@ def reader(response_format: object) -> Callable[[Reply], str] | None:
             "`response_format.type` should be text, json_object, or json_schema with a `json_schema`",
             param="response_format",
         )
-    validator = _validator(schema)
+    if not isinstance(schema, (Mapping, bool)):
+        raise _no_schema("should be a JSON schema")
+    try:
+        check = _checked(orjson.dumps(schema))
+    except TypeError:
+        raise _no_schema("is not JSON") from None
+    # A step and the cache read each answer once.
+    last: tuple[str, str | None] | None = None
 
     def read(reply: Reply) -> str:
-        if reply.tool_calls or reply.refusal is not None:
+        nonlocal last
+        if reply.tool_calls or reply.refusal is not None or reply.finish in _UNFINISHED:
             return reply.text
-        try:
-            value = json.loads(reply.text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"The answer is not JSON: {error.msg} at character {error.pos}.") from None
-        except RecursionError:
-            raise ValueError("The answer is JSON that is nested too deeply.") from None
-        try:
-            fault = next(iter(sorted(validator.iter_errors(value), key=lambda e: list(map(str, e.path)))), None)
-        except RecursionError:
-            raise ValueError("The answer cannot be held against the schema: it refers to itself without end.") from None
-        if fault is not None:
-            where = ".".join(map(str, fault.absolute_path)) or "the answer"
-            raise ValueError(f"The answer does not fit the schema: {where}: {fault.message[:200]}.")
+        if last is None or last[0] != reply.text:
+            last = reply.text, check(reply.text)
+        if last[1] is not None:
+            raise ValueError(last[1])
         return reply.text
 
     return read
 
 
-def _validator(schema: object) -> Any:
+def _no_schema(what: str) -> InvalidRequest:
+    return InvalidRequest(f"`response_format.json_schema.schema` {what}", param="response_format")
+
+
+@lru_cache(maxsize=64)
+def _checked(schema: bytes) -> Callable[[str], str | None]:
+    """What says of an answer why it does not fit; None where it does."""
     # Only a request with a schema pays for the import.
-    import jsonschema
-    from referencing import Registry
+    from jsonschema import SchemaError
     from referencing.exceptions import Unresolvable
 
-    if not isinstance(schema, (Mapping, bool)):
-        raise InvalidRequest("`response_format.json_schema.schema` should be a JSON schema", param="response_format")
-    library: Any = jsonschema  # It publishes no types.
-    known = library.Draft202012Validator
-    lenient = library.validators.create(
-        meta_schema=known.META_SCHEMA,
-        validators={k: check for k, check in known.VALIDATORS.items() if k not in ("pattern", "patternProperties")},
-        type_checker=known.TYPE_CHECKER,
-    )
-    faults: tuple[type[Exception], ...] = (library.SchemaError, Unresolvable)
     try:
-        known.check_schema(schema)
-        # A registry of its own, for without one a `$ref` is fetched from wherever it points to.
-        registry: Any = Registry
-        validator = lenient(schema, registry=registry())
-        for _ in validator.iter_errors(None):
-            break
-    except faults as error:
-        told = str(getattr(error, "message", "") or "a reference leads nowhere")
-        raise InvalidRequest(
-            f"`response_format.json_schema.schema` is not a JSON schema: {told[:200]}", param="response_format"
-        ) from None
+        clock = _Clock()
+        validator = _validator(orjson.loads(schema), clock)
+    except (SchemaError, Unresolvable) as error:
+        told = getattr(error, "message", None) or "a reference leads nowhere"
+        raise _no_schema(f"is not a JSON schema: {str(told)[:200]}") from None
     except RecursionError:
-        raise InvalidRequest(
-            "`response_format.json_schema.schema` is nested too deeply", param="response_format"
-        ) from None
+        raise _no_schema("is nested too deeply") from None
+
+    def check(text: str) -> str | None:
+        try:
+            value = json.loads(text, parse_constant=_no_json)
+        except json.JSONDecodeError as error:
+            return f"The answer is not JSON: {error.msg} at character {error.pos}."
+        except ValueError as error:
+            return f"The answer is not JSON: {error}."
+        except RecursionError:
+            return "The answer is JSON that is nested too deeply."
+        clock.start()
+        try:
+            fault = next(validator.iter_errors(value), None)
+        except RecursionError:
+            return "The answer cannot be held against the schema: it refers to itself without end."
+        except Unresolvable:
+            raise _no_schema("has a reference that leads nowhere") from None
+        if fault is None:
+            return None
+        where = ".".join(map(str, fault.absolute_path)) or "the answer"
+        return f"The answer does not fit the schema: {where}: {fault.message[:200]}."
+
+    return check
+
+
+def _no_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self._until = time.monotonic() + PATIENCE
+
+    def check(self) -> None:
+        if time.monotonic() > self._until:
+            raise _no_schema(f"takes more than {PATIENCE:g} s to hold an answer against; give it fewer alternatives")
+
+
+def _validator(schema: Any, clock: _Clock) -> Any:
+    from jsonschema.validators import Draft202012Validator, extend, validator_for
+    from referencing import Registry
+
+    parts = list(_walk(schema))
+    if len(parts) > SCHEMA_PARTS:
+        raise _no_schema(f"is made of more than {SCHEMA_PARTS} values")
+    known: Any = (
+        validator_for(schema, default=Draft202012Validator) if isinstance(schema, dict) else Draft202012Validator
+    )
+    # Its patterns may be of JavaScript's kind, which is not ours to judge, so formats are not checked.
+    known.check_schema(schema, format_checker=None)
+    patterned = False
+    for part in parts:
+        if isinstance(part, dict):
+            # A part that names its own draft would be read by that draft's own validator, patterns and all.
+            if isinstance(part.get("$schema"), str):
+                del part["$schema"]
+            patterned = patterned or "patternProperties" in part
+    checks = {word: _timed(check, clock) for word, check in known.VALIDATORS.items()}
+    checks["uniqueItems"] = _unique
+    for word in ("pattern", "patternProperties"):
+        checks[word] = _unchecked
+    if patterned:
+        # Which names a pattern stands for is not known, so neither is what is left over.
+        checks["unevaluatedProperties"] = _unchecked
+        checks["additionalProperties"] = _unless_patterned(checks["additionalProperties"])
+    # A registry of its own, for without one a `$ref` is fetched from wherever it points to.
+    validator = extend(known, validators=checks)(schema, registry=Registry())
+    _check_references(validator, schema)
     return validator
+
+
+def _timed(check: Any, clock: _Clock) -> Any:
+    def timed(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+        clock.check()
+        return check(validator, value, instance, schema)
+
+    return timed
+
+
+def _unchecked(validator: Any, value: Any, instance: Any, schema: Any) -> None:
+    """Whatever it is, it is right."""
+
+
+def _unless_patterned(check: Any) -> Any:
+    def additional(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+        return None if "patternProperties" in schema else check(validator, value, instance, schema)
+
+    return additional
+
+
+def _unique(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    """By their canonical form, for to compare each with each takes hours for a long list."""
+    from jsonschema import ValidationError
+
+    if wanted and isinstance(instance, list):
+        items: list[Any] = instance
+        try:
+            if len({canonical(item) for item in items}) < len(items):
+                yield ValidationError("the items are not all different")
+        except NotJSON as error:
+            yield ValidationError(f"{error}")
+
+
+def _check_references(validator: Any, schema: Any) -> None:
+    """Raise for a reference that leads out of the schema, before anything is bought."""
+    names = any(isinstance(part, dict) and isinstance(part.get("$id"), str) for part in _walk(schema))
+    for part in _walk(schema, schemas_only=True):
+        references = [part.get(word) for word in ("$ref", "$dynamicRef")] if isinstance(part, dict) else []
+        for reference in references:
+            # Below an `$id` of its own, a part's references start from there; whether they lead anywhere is seen later.
+            if isinstance(reference, str) and not (reference.startswith("#") and names):
+                validator._resolver.lookup(reference)
+
+
+def _walk(schema: Any, *, schemas_only: bool = False) -> Iterator[Any]:
+    """Every value in it, itself first; perhaps without those that are data."""
+    left = [schema]
+    while left:
+        value = left.pop()
+        yield value
+        if isinstance(value, dict):
+            items = cast("dict[str, Any]", value).items()
+            left += [inner for word, inner in items if not (schemas_only and word in _DATA)]
+        elif isinstance(value, list):
+            inside: list[Any] = value
+            left += inside

@@ -261,19 +261,23 @@ class Cached(_Layer):
     async def _buy_in_turn(self, leases: Lockable, k: str, flight: _Flight, call: Call, terms: Terms) -> Reply:
         """Buy, unless another process is buying just now, or has bought since we looked: then it is there to be had."""
         reader = flight.accepts[0]
-        waited = False
+        waited = 0.0
         while True:
             async with leases.lease(k) as lease:
                 if terms.cache.mode == "refresh" or lease.state == "none":
                     return await self._buy(flight, call, terms)
                 if lease.state == "taken":
-                    waited = True
+                    came = time.monotonic()
                     with _asking(terms), tracing.waiting("cache.lease"):
                         await lease.wait()
+                    waited += time.monotonic() - came
                 found = await self._stored(k, reader)
                 if found is not None:
                     _withdraw(terms)
-                    return found.named("joined" if waited else "hit")
+                    if not waited:
+                        return found
+                    self._meter.joined(self.name, waited)
+                    return found.named("joined")
                 if lease.state == "held":
                     return await self._buy(flight, call, terms)
 

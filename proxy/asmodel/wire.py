@@ -14,7 +14,16 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
 from asmodel.calls import Delta, Document, Message, Reply, ToolCall, ToolCallDelta, Usage
@@ -76,7 +85,13 @@ _OURS = frozenset(("model", "messages", "stream", "stream_options", "n", "asmode
 
 DEPTH = 100
 """How deep a body may be nested: JSON schemas come to a third of it, and what is deeper is no use but to do harm."""
+OBJECTS = 200_000
+"""How many objects and lists a body may hold: each takes some hundred times the memory of the `{},` that makes it."""
 
+NAME = 256
+"""Characters of a model's name: a composition names as many programs as can be nested, and no more."""
+
+Name = Annotated[StrictStr, Field(min_length=1, max_length=NAME)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
@@ -101,14 +116,27 @@ class ContentPart(_Part):
 
 class WireMessage(_Part):
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: StrictStr | list[ContentPart] | None = None
+    content: StrictStr | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: StrictStr | None = None
-    tool_calls: list[WireToolCall] | None = None
+    tool_calls: Annotated[list[WireToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: StrictStr | None = None
 
 
 class StreamOptions(_Part):
     include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None
+
+
+class NamedFunction(_Part):
+    name: Annotated[StrictStr, Field(min_length=1)]
+    parameters: dict[str, Any] | None = None
+
+
+class WireTool(_Part):
+    """A tool of the client's; those of other types than `function` are for the upstream to judge."""
+
+    type: StrictStr
+    function: NamedFunction | None = None
 
 
 class AskedLimits(BaseModel):
@@ -124,7 +152,7 @@ class Extension(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     params: dict[str, Any] = Field(default_factory=dict)
-    roles: dict[str, StrictStr] = Field(default_factory=dict)
+    roles: dict[str, Name] = Field(default_factory=dict)
     cache: Literal["on", "off", "refresh", "only"] | None = None
     progress: StrictBool | None = None
     limits: AskedLimits = Field(default_factory=AskedLimits)
@@ -134,8 +162,8 @@ class ChatRequest(BaseModel):
     """The body of `POST /v1/chat/completions`. What has no name here is kept, and passed on or listed as ignored."""
 
     model_config = ConfigDict(extra="allow")
-    model: Annotated[StrictStr, Field(min_length=1)]
-    messages: Annotated[list[WireMessage], Field(min_length=1)]
+    model: Name
+    messages: Annotated[list[WireMessage], Field(min_length=1, fail_fast=True)]
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -151,25 +179,47 @@ class ChatRequest(BaseModel):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[WireTool], Field(fail_fast=True)] | None = None
     tool_choice: StrictStr | dict[str, Any] | None = None
     parallel_tool_calls: StrictBool | None = None
+    functions: Annotated[list[NamedFunction], Field(fail_fast=True)] | None = None
+    function_call: StrictStr | dict[str, Any] | None = None
     reasoning_effort: StrictStr | None = None
-    modalities: list[StrictStr] | None = None
+    verbosity: StrictStr | None = None
+    prediction: dict[str, Any] | None = None
+    modalities: Annotated[list[StrictStr], Field(fail_fast=True)] | None = None
+    audio: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
+    store: StrictBool | None = None
+    user: StrictStr | None = None
+    safety_identifier: StrictStr | None = None
+    service_tier: StrictStr | None = None
+    moderation: dict[str, Any] | None = None
+    prompt_cache_key: StrictStr | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: StrictStr | None = None
+    web_search_options: dict[str, Any] | None = None
     documents: list[Any] | None = None
     asmodel: Extension = Field(default_factory=Extension)
+    _sent: Json = PrivateAttr(default_factory=dict[str, Any])
+    """The body as it came: what is passed on is that, and not what validation made of it (1 would be 1.0)."""
 
     @property
     def asked(self) -> Json:
         """Every parameter that was sent and is not ours to act on: null counts as absent, as OpenAI has it."""
-        named = {name: getattr(self, name) for name in type(self).model_fields if name not in _OURS}
-        return {name: value for name, value in (named | (self.model_extra or {})).items() if value is not None}
+        return {name: value for name, value in self._sent.items() if name not in _OURS and value is not None}
 
     @property
     def passed_on(self) -> Json:
-        """What an upstream is given that is passed through: all but what is asmodel's own."""
-        return self.asked | ({} if self.documents is None else {"documents": self.documents})
+        """What an upstream is given that is passed through: all but what is asmodel's own, null included."""
+        return {name: value for name, value in self._sent.items() if name not in _OURS or name == "documents"}
+
+    @property
+    def stream_asks(self) -> Json:
+        """What is asked of the stream besides its usage: for an upstream whose own stream is the answer."""
+        options = self._sent.get("stream_options")
+        given = cast("Json", options) if isinstance(options, dict) else {}
+        return {name: value for name, value in given.items() if name != "include_usage"}
 
     @property
     def conversation(self) -> tuple[Message, ...]:
@@ -202,8 +252,9 @@ def _document(place: int, sent: object) -> Document:
 def _message(wire: WireMessage) -> Message:
     content = wire.content
     extra = dict(wire.model_extra or {})
-    if any(call.function is None for call in wire.tool_calls or ()):
-        # Calls of custom tools have no name among the message's fields; so they go on as they came.
+    if any(call.function is None or _holds_more(call) for call in wire.tool_calls or ()):
+        # Calls of custom tools, and what a provider wants back with a call, as a signature of its thoughts, have no
+        # name among the message's fields; so they go on as they came.
         extra["tool_calls"] = [call.model_dump(mode="json", exclude_unset=True) for call in wire.tool_calls or ()]
     return Message(
         role=wire.role,
@@ -217,6 +268,10 @@ def _message(wire: WireMessage) -> Message:
         tool_call_id=wire.tool_call_id,
         extra=extra,
     )
+
+
+def _holds_more(call: WireToolCall) -> bool:
+    return bool(call.model_extra or (call.function is not None and call.function.model_extra))
 
 
 def _files(part: Mapping[str, Any]) -> Iterable[Document]:
@@ -234,33 +289,49 @@ def _files(part: Mapping[str, Any]) -> Iterable[Document]:
     yield Document(text=text, title=name, id=name)
 
 
-def read_chat(body: bytes) -> ChatRequest:
-    """Read a request. Raises InvalidRequest that names the parameter and never repeats what was sent."""
+def read_chat(body: bytes, *, messages: int | None = None) -> ChatRequest:
+    """Read a request. Raises InvalidRequest that names the parameter and never repeats what was sent.
+
+    More `messages` than that are not even looked at.
+    """
     try:
         data: Any = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not JSON: {error.msg} at byte {error.pos}") from None
     if not isinstance(data, dict):
         raise InvalidRequest("the body should be a JSON object with `model` and `messages`")
-    if _deeper(cast("Json", data), DEPTH):
-        raise InvalidRequest(f"the body is nested more than {DEPTH} deep")
+    sent = cast("Json", data)
+    given = cast("list[Any]", sent["messages"]) if isinstance(sent.get("messages"), list) else []
+    if messages is not None and len(given) > messages:
+        raise TooManyMessages(f"`messages`: at most {messages}, not {len(given)}", param="messages")
+    _check_size(sent)
     try:
-        return ChatRequest.model_validate(data)
+        request = ChatRequest.model_validate(sent)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_input=False), cast("Json", data)) from None
+        raise _refusal(error.errors(include_url=False, include_input=False), sent) from None
+    request._sent = sent
+    return request
 
 
-def _deeper(body: Json, limit: int) -> bool:
+class TooManyMessages(InvalidRequest):
+    """More messages than a request may hold."""
+
+
+def _check_size(body: Json) -> None:
     level: list[Any] = [body]
-    for _ in range(limit):
+    count = 0
+    for _ in range(DEPTH):
         inside: list[Any] = []
         for value in level:
             items = cast("Json", value).values() if isinstance(value, dict) else cast("list[Any]", value)
             inside += [item for item in items if isinstance(item, (dict, list))]
+        count += len(inside)
+        if count > OBJECTS:
+            raise InvalidRequest(f"the body holds more than {OBJECTS} objects and lists")
         if not inside:
-            return False
+            return
         level = inside
-    return True
+    raise InvalidRequest(f"the body is nested more than {DEPTH} deep")
 
 
 def _refusal(errors: Sequence[ErrorDetails], body: object) -> InvalidRequest:
@@ -310,6 +381,7 @@ _PLAINLY = {
     "List should have at least 1 item after validation, not 0": "should not be empty",
     " after validation": "",
     "String should have at least 1 character": "should not be empty",
+    "String should have": "should have",
 }
 """The validator's words, and ours: for readers who think in JSON."""
 
