@@ -1,4 +1,4 @@
-"""Runs apart from connections: those that share one by an `Idempotency-Key`, those who leave, and those who read slowly."""
+"""Runs apart from connections: who shares one by an `Idempotency-Key`, who leaves, and who reads slowly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -419,8 +419,8 @@ class Room:
 
 
 @pytest.fixture
-async def room() -> AsyncIterator[Room]:
-    yield Room()
+async def room() -> Room:
+    return Room()
 
 
 async def finished(answering: Answering) -> None:
@@ -480,8 +480,9 @@ async def test_what_was_told_to_end_is_joined_by_nobody(room: Room) -> None:
     ending = asyncio.create_task(answering.end())
     await asyncio.sleep(0)
     assert joined.find("", "k", b"body") is None
+    other = await room.answering()
+    joined.add("", "k", b"other", other)
     with pytest.raises(InvalidRequest):
-        joined.add("", "k", b"other", other := await room.answering())
         joined.find("", "k", b"body")
     await ending
     assert joined.find("", "k", b"other") is other, "the end of the first does not take the second away"

@@ -308,9 +308,10 @@ async def odd_program(run: Run) -> str:
     return await run.reply(odd, await run(fine, run.question))
 ''')
     told = " ".join(asmodel("check", "--programs", "programs").stdout.split())
-    for what in ("the global SEEN", "chance (random)", "a clock (datetime)"):
-        assert f'step "odd" shows {what}' in told
-    assert 'step "fine" shows' not in told
+    for what in ("uses a global that can change (SEEN)", "draws by chance (random.random)", "a clock (datetime.now)"):
+        assert f'step "odd" {what}' in told.replace("reads a clock", "a clock")
+    assert "programs/odd.py:14: " in told
+    assert 'step "fine"' not in told
     assert "RULE" not in told
 
 

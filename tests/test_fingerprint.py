@@ -11,8 +11,9 @@ import orjson
 import pytest
 
 from asmodel.calls import Chat, Completion, Embed, Message, Reply, Score, Terms, key
-from asmodel.fingerprint import BY, CACHE_PARTS, Fingerprints, differing, read
+from asmodel.fingerprint import BY, Fingerprints, differing, read
 from asmodel.testing import FunctionUpstream
+from asmodel.tracing import CACHE_PARTS
 from asmodel.upstreams import Cached
 from asmodel_plugins.disk_cache import DiskCache
 from asmodel_plugins.memory_cache import MemoryCache

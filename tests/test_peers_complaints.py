@@ -1,7 +1,7 @@
 """What users complain of where a model's name stands for a procedure, and how it is here instead.
 
-History flattened into one string, tools and images dropped on the way, streams of a single chunk, bodies without ids and
-usage, errors that are bare strings, and one caller's settings that change everybody's.
+History flattened into one string, tools and images dropped on the way, streams of a single chunk, bodies without ids
+and usage, errors that are bare strings, and one caller's settings that change everybody's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.serving import Server, create, serving, upstream
 from asmodel.testing import Fault, ScriptedServer, ServerAnswer
 
 PROGRAMS = '''
-"""A procedure in front of the answer, as such servers have: it thinks first, and then replies with all that it was given."""
+"""A procedure in front of the answer, as such servers have: it thinks first, then replies with all it was given."""
 
 from pydantic import BaseModel, Field
 
@@ -291,7 +291,7 @@ def test_an_error_of_the_upstream_in_the_middle_of_a_procedure_keeps_its_meaning
 
 
 def test_what_one_caller_asks_for_changes_nothing_for_another(server: Server, up: Upstream) -> None:
-    """Parameters, roles, temperature and cache are of one request; there is nothing that a request could set for all."""
+    """Parameters, roles and hints are of one request; there is nothing that a request could set for all."""
     asked: list[dict[str, Any]] = []
     for number in range(30):
         own: dict[str, Any] = {"model": "planned", "messages": user(f"caller {number}")}

@@ -14,12 +14,14 @@ from tests.serving import PATIENCE, Server, serving, upstream
 
 from asmodel.testing import ScriptedServer
 
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=40)
-words = st.lists(
+Strategy = st.SearchStrategy[Any]
+
+texts: Strategy = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=40)
+words: Strategy = st.lists(
     st.sampled_from(["alpha", "beta", "ü", "日本", "a\nb", '"', "{}", "data: x", "\r\n", "\u2028"]), max_size=8
 )
-said = texts | words.map(" ".join)
-calls = st.lists(
+said: Strategy = texts | words.map(" ".join)
+calls: Strategy = st.lists(
     st.fixed_dictionaries(
         {
             "id": st.uuids().map(lambda u: f"call_{u.hex[:8]}"),
@@ -35,20 +37,24 @@ calls = st.lists(
     min_size=1,
     max_size=3,
 )
-messages = st.fixed_dictionaries(
+messages: Strategy = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": said},
     optional={"reasoning_content": said.filter(bool), "tool_calls": calls, "refusal": said.filter(bool)},
 )
 finishes = st.sampled_from(["stop", "length", "content_filter"])
-usages = st.builds(
-    lambda asked, told, thought: {
+
+
+def usage_of(asked: int, told: int, thought: int) -> dict[str, Any]:
+    return {
         "prompt_tokens": asked,
         "completion_tokens": told + thought,
         "total_tokens": asked + told + thought,
         "completion_tokens_details": {"reasoning_tokens": thought},
-    },
-    *[st.integers(0, 9999)] * 3,
-)
+    }
+
+
+counts = st.integers(0, 9999)
+usages: Strategy = st.builds(usage_of, counts, counts, counts)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,9 @@ def plainly(body: dict[str, Any]) -> dict[str, Any]:
         told = {
             name: message[name] for name in ("role", "content", "refusal", "reasoning_content") if message.get(name)
         }
-        made = {place: {"id": c["id"], **c["function"]} for place, c in enumerate(message.get("tool_calls") or ())}
+        made: dict[int, Any] = {
+            place: {"id": c["id"], **c["function"]} for place, c in enumerate(message.get("tool_calls") or ())
+        }
         choices[choice["index"]] = {**told, "calls": made, "finish": choice["finish_reason"]}
     return {"usage": body["usage"], "choices": choices}
 

@@ -57,7 +57,11 @@ def chunk(delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict
     }
 
 
-USAGE = {**chunk({}), "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}
+USAGE: dict[str, Any] = {
+    **chunk({}),
+    "choices": [],
+    "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+}
 CHUNKS = [
     {"id": "", "object": "", "created": 0, "model": "", "choices": [], "prompt_filter_results": [{"index": 0}]},
     chunk({"role": "assistant", "content": ""}, obfuscation="xyz"),

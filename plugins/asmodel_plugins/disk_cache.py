@@ -241,8 +241,10 @@ class _Store(_Cache):
     has not changed since 5.6.3.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, synchronous: int = 1) -> None:
+        """`synchronous` as SQLite's pragma: 1 survives the process, 2 (FULL, a sync each commit) the power too."""
         self.database = folder / DBNAME
+        self._synchronous = synchronous
         self.look_at = 0.0
         self.suspect = False
         self._pid = os.getpid()
@@ -263,6 +265,7 @@ class _Store(_Cache):
         try:
             for name in ("cache_size", "mmap_size", "synchronous"):
                 con.execute(f"PRAGMA {name} = {SETTINGS['sqlite_' + name]}")
+            con.execute(f"PRAGMA synchronous = {self._synchronous}")
             con.execute("PRAGMA trusted_schema = OFF")
             con.execute("PRAGMA cell_size_check = ON")
             con.execute("PRAGMA journal_size_limit = 16777216").fetchall()
@@ -638,6 +641,7 @@ class DiskCache:
         self.timeout = timeout
         self.read_timeout = read_timeout
         self.troubles = Troubles()
+        self._synchronous = 1
         self._store: _Store | None = None
         self._queue: queue.SimpleQueue[_Entry | _Job | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
@@ -648,6 +652,12 @@ class DiskCache:
         self._set_aside_at = -_REPAIR_SECONDS
         self._retry_at = 0.0
         self._expire_at = 0.0
+
+    def lasting(self) -> DiskCache:
+        """A store in a folder of its own within this one, without a limit, whose entries survive the power too."""
+        made = DiskCache(self.path / "effects", 2**62, self.timeout, self.read_timeout)
+        made._synchronous = 2
+        return made
 
     # Life
 
@@ -914,7 +924,7 @@ class DiskCache:
                     self._count("set_aside", 1)
             if not os.path.lexists(place):
                 _create(self.path)
-            return _Store(place)
+            return _Store(place, self._synchronous)
 
     def _evict(self, evicting: bool) -> bool:
         """Delete some of what is too much; says whether there is more. Ends at nine tenths, not to be always at it."""

@@ -90,6 +90,7 @@ class RedisCache:
                 raise ConfigurationError(f"[cache] {name}: {value:g} is not above 0")
         self.ttl = ttl
         self.compress_above = compress_above
+        self._url, self._timeout, self._connections, self._secret_text = url, timeout, connections, secret
         self._prefix = prefix
         self._secret = hashlib.sha256(secret.encode()).digest() if secret else b""
         self._server = Server(url, timeout=timeout, connections=connections, probe=f"{prefix}probe:".encode())
@@ -103,6 +104,18 @@ class RedisCache:
     @property
     def troubles(self) -> Troubles:
         return self._server.troubles
+
+    def lasting(self) -> RedisCache:
+        """The same server under another prefix, with no end set. A server that evicts any key may evict these too."""
+        return RedisCache(
+            self._url,
+            f"{self._prefix}effects:",
+            self._timeout,
+            self.compress_above,
+            None,
+            self._connections,
+            self._secret_text,
+        )
 
     async def open(self) -> None:
         """Connect, if the store is there. Raises ConfigurationError where it says that it will never have us."""

@@ -31,7 +31,7 @@ from asmodel.metrics import Metrics, folder_of_workers, reporting
 from asmodel.models import Models, Preset, ServedProgram
 from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
-from asmodel.protocols import Cache, Openable, Upstream
+from asmodel.protocols import Cache, Lasting, Openable, Upstream
 from asmodel.routes import ModelList, Probe, alive, not_there, readiness
 from asmodel.service import Service
 from asmodel.settings import CacheSettings, Settings, UpstreamSettings
@@ -56,6 +56,8 @@ class Parts:
     service: Service
     access: Access
     store: Cache | None
+    journals: Cache | None
+    """Where programs with effects keep their journals; None where there are none, or no place for them."""
     metrics: Metrics
     providers: Mapping[str, Upstream]
     """The plug-ins themselves, by upstream."""
@@ -74,9 +76,10 @@ class Parts:
 
     async def open_store(self) -> None:
         """Open the cache, which takes milliseconds and must be there before anything is answered."""
-        store: object = self.store
-        if isinstance(store, Openable):
-            await store.open()
+        stores: list[object] = [self.store, self.journals]
+        for store in stores:
+            if isinstance(store, Openable):
+                await store.open()
 
     async def open_upstreams(self) -> None:
         """Open every upstream, side by side, which may take seconds; then the service answers."""
@@ -88,7 +91,7 @@ class Parts:
         await self.open_upstreams()
 
     async def close(self) -> None:
-        things: list[object] = [*self.providers.values(), self.store]
+        things: list[object] = [*self.providers.values(), self.journals, self.store]
         closing = [thing.close() for thing in things if isinstance(thing, Openable)]
         for failed in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(failed, BaseException):
@@ -165,6 +168,29 @@ def onion(
     }
 
 
+def _cache(settings: CacheSettings) -> Cache | None:
+    if settings.kind == "off":
+        return None
+    made = make("caches", settings.kind, settings.options, where="cache", beside=CacheSettings.model_fields)
+    return cast("Cache", made)
+
+
+@asynccontextmanager
+async def open_cache(settings: Settings) -> AsyncGenerator[Cache]:
+    """The cache alone, open. Raises ConfigurationError, where it is off too."""
+    store = _cache(settings.cache)
+    if store is None:
+        raise ConfigurationError("[cache] kind is off: there is nothing to see")
+    life: object = store
+    if isinstance(life, Openable):
+        await life.open()
+    try:
+        yield store
+    finally:
+        if isinstance(life, Openable):
+            await life.close()
+
+
 def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
     """Make everything that the settings name. Raises ConfigurationError; opens nothing.
 
@@ -173,15 +199,16 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
     metrics = Metrics(metrics_folder, version=__version__)
     upstreams = settings.effective_upstreams
     providers = {name: _provider(name, s, f"upstreams.{name}") for name, s in upstreams.items()}
-    store: Cache | None = None
-    if settings.cache.kind != "off":
-        options = settings.cache.options
-        made = make("caches", settings.cache.kind, options, where="cache", beside=CacheSettings.model_fields)
-        store = cast("Cache", made)
-        if (troubles := getattr(made, "troubles", None)) is not None:
-            metrics.watch(settings.cache.kind, lambda: asdict(troubles))
+    programs = all_programs(settings.program_folders)
+    store = _cache(settings.cache)
+    made: object = store
+    journals: Cache | None = None
+    if (troubles := getattr(made, "troubles", None)) is not None:
+        metrics.watch(settings.cache.kind, lambda: asdict(troubles))
+    if isinstance(made, Lasting) and any(program.effects for program in programs):
+        journals = made.lasting()
     models = Models(
-        all_programs(settings.program_folders),
+        programs,
         onion(providers, upstreams, store, metrics),
         presets={
             name: Preset(program=p.program, params=p.params, roles=p.roles, description=p.description)
@@ -203,6 +230,8 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
     service = Service(
         models,
         store=store,
+        journals=journals,
+        repeats=settings.repeats,
         limits=settings.limits.run,
         program_limits={name: p.limits.run for name, p in settings.programs.items()},
         cache_programs=settings.cache.programs,
@@ -220,6 +249,7 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
         service=service,
         access=access,
         store=store,
+        journals=journals,
         metrics=metrics,
         providers=providers,
     )

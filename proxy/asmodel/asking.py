@@ -29,26 +29,60 @@ def ask(
     *,
     upstream: str | None,
     as_json: bool,
+    identity: str | None = None,
+    plan: bool = False,
 ) -> int:
-    """Print the answer to standard output, progress and the receipt to standard error; give the exit code."""
+    """Print the answer to standard output, progress and the receipt to standard error; give the exit code.
+
+    With `plan`, print what the run would find in the cache and what it would buy, and buy nothing. `identity` names the
+    run, as a client's `Idempotency-Key` does.
+    """
     parts = build(settings)
     name = program if upstream is None else f"{program}:{upstream}"
     parts.models.find(name)  # Before anything is fetched or started.
+    asked = Asked(messages=(Message("user", question),), params=params, identity=identity)
     with prepared(parts):
+        if plan:
+            return asyncio.run(_plan(parts, name, asked, as_json=as_json))
         traces = parts.trace()
         try:
-            return asyncio.run(_ask(parts, name, question, params, as_json=as_json))
+            return asyncio.run(_ask(parts, name, asked, as_json=as_json))
         except KeyboardInterrupt:
             return 130
         finally:
             traces.shutdown()
 
 
-async def _ask(parts: Parts, name: str, question: str, params: Mapping[str, Any], *, as_json: bool) -> int:
+async def _plan(parts: Parts, name: str, asked: Asked, *, as_json: bool) -> int:
+    try:
+        await parts.open()
+        plan = await parts.service.plan(name, asked)
+    finally:
+        await parts.close()
+    saved = sum(step.tokens for step in plan.steps)
+    if as_json:
+        rows = [{"program": p, "step": s, "found": found, "to_buy": wanting} for p, s, found, wanting in plan.rows]
+        counts = {"found": plan.count("hit"), "to_buy": plan.count("buy"), "tools": plan.count("tool")}
+        click.echo(json.dumps({"steps": rows, **counts, "saved_tokens": saved, "whole": plan.whole}, indent=2))
+        return 0
+    for program, step, found, wanting in plan.rows:
+        click.echo(f"{program}  {step}  {found} found" + (f", {wanting} to buy" if wanting else ""))
+    if plan.error is not None:
+        click.echo(f"It would end in an error: {plan.error}")
+    elif plan.whole:
+        click.echo(f"Nothing would be bought; the cache saves {_counted(saved, 'token')}.")
+    else:
+        wanted = plan.count("buy")
+        tools = f", {_counted(plan.count('tool'), 'tool')} to be called" if plan.count("tool") else ""
+        click.echo(f"{_counted(wanted, 'call')} to buy{tools}, and what follows from that, which is not known yet.")
+    return 0
+
+
+async def _ask(parts: Parts, name: str, asked: Asked, *, as_json: bool) -> int:
     try:
         await parts.open()
         model = parts.models.find(name)
-        job = await parts.service.prepare(model, Asked(messages=(Message("user", question),), params=params))
+        job = await parts.service.prepare(model, asked)
         spoken = False
 
         async def emit(delta: Delta) -> None:

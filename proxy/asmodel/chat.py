@@ -164,6 +164,7 @@ class ChatCompletions:
             ignored=tuple(ignored),
             usage_asked=bool(request.stream_options and request.stream_options.include_usage),
             identity=identity(exchange.headers),
+            retry=exchange.headers.get("x-stainless-retry-count", "0").strip() not in ("", "0"),
             digest=hashlib.sha256(body).hexdigest(),
         )
         answering = await self._begun(exchange, asked, model, body, watch, stream=bool(request.stream))
@@ -215,7 +216,14 @@ class ChatCompletions:
             receipt(exchange, job, outcomes),
         )
         await exchange.respond(200, body)
+        await _delivered(job, watch)
         return "ok"
+
+
+async def _delivered(job: Job, watch: asyncio.Future[None]) -> None:
+    """All of it has been sent, and the client was there."""
+    if job.delivery is not None and not watch.done():
+        await job.delivery.whole()
 
 
 def _nothing() -> None:
@@ -348,7 +356,10 @@ class _Stream:
                 elif now - spoke >= KEEP_ALIVE_EVERY:
                     await self._exchange.write(wire.KEEP_ALIVE)
                     spoke = now
-        return await self._finish()
+        outcome = await self._finish()
+        if outcome == "ok":
+            await _delivered(self._job, watch)
+        return outcome
 
     async def _open(self) -> None:
         self._opened = self._exchange.streamed = True

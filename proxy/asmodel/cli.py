@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,6 +19,7 @@ from asmodel.errors import AsmodelError, ConfigurationError
 if TYPE_CHECKING:
     from asmodel.app import Parts
     from asmodel.probing import Probed
+    from asmodel.protocols import Cache
     from asmodel.settings import Settings
 
 T = TypeVar("T")
@@ -112,6 +113,8 @@ def serve(
     help="JSON file of parameters.",
 )
 @click.option("--upstream", metavar="NAME", help="Who plays every role; [roles] of the settings unless given.")
+@click.option("--plan", is_flag=True, help="Say what is in the cache and what would be bought; buy nothing.")
+@click.option("--key", metavar="KEY", help="Idempotency key, for programs with effects; the same to go on with a run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer, its citations and the receipt as JSON.")
 def run(
     program: str,
@@ -121,6 +124,8 @@ def run(
     params: tuple[str, ...],
     params_file: Path | None,
     upstream: str | None,
+    plan: bool,
+    key: str | None,
     as_json: bool,
 ) -> None:
     """Ask PROGRAM a QUESTION, without a server. Shares the cache and the traces with one.
@@ -134,7 +139,7 @@ def run(
 
     settings = _settings(config, folders)
     given = _params(params, params_file)
-    code = ask(settings, program, question, given, upstream=upstream, as_json=as_json)
+    code = ask(settings, program, question, given, upstream=upstream, as_json=as_json, identity=key, plan=plan)
     sys.exit(code)
 
 
@@ -387,6 +392,115 @@ def trace(
         click.echo(json.dumps(trace_view.trace_json(found[0]), indent=2))
     else:
         trace_view.draw_trace(found[0], everything=everything)
+
+
+@main.group(cls=_Commands, short_help="See what the cache holds and saves, why a step was bought; clear it.")
+def cache() -> None:
+    """What was bought is kept, step by step, and is not bought again."""
+
+
+def _with_store(settings: Settings, work: Callable[[Cache, Path], Awaitable[T]]) -> T:
+    """Open the cache alone around some work on it and the file of traces."""
+    from asmodel import trace_store
+    from asmodel.app import open_cache
+
+    traces = settings.traces.path or trace_store.default_path(os.environ)
+
+    async def around() -> T:
+        async with open_cache(settings) as store:
+            return await work(store, traces)
+
+    return asyncio.run(around())
+
+
+@cache.command()
+@_config
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def stats(config: Path | None, folders: tuple[Path, ...], as_json: bool) -> None:
+    """Count entries, bytes, hits, and the tokens and dollars saved, by step.
+
+    Hits and savings are those of the runs that `asmodel trace` lists.
+    """
+    from asmodel.stock import take
+
+    stock = _with_store(_settings(config, folders), take)
+    if as_json:
+        click.echo(json.dumps(stock.as_json(), indent=2))
+        return
+    rows: list[Sequence[str]] = [("program", "step", "entries", "kB", "hits", "misses", "tokens saved", "saved")]
+    for s in stock.steps:
+        counts = (s.entries, round(s.bytes / 1000, 1), s.hits, s.misses, s.saved_tokens)
+        rows.append((s.program or "-", s.step, *map(str, counts), f"${s.saved_cost:.4f}"))
+    head, *lines = _columns(rows)
+    click.echo(click.style(head, bold=True))
+    for line in lines:
+        click.echo(line)
+    click.echo(
+        f"\n{stock.entries} entries, {stock.bytes / 1000:.1f} kB; "
+        f"{stock.saved_tokens} tokens and ${stock.saved_cost:.4f} saved in the runs that are kept"
+    )
+
+
+@cache.command()
+@_config
+@click.option("--program", metavar="NAME", help="Only answers of this program.")
+@click.option("--step", metavar="NAME", help="Only answers of this step.")
+@click.option("--scope", metavar="NAME", help="Only those of this holder of a key; '' for those of nobody.")
+@click.option("--older-than", metavar="AGE", help="Only those stored longer ago: 90s, 15m, 12h, 7d, 2w.")
+@click.option("--yes", is_flag=True, help="Do not ask before everything is deleted.")
+def clear(
+    config: Path | None,
+    folders: tuple[Path, ...],
+    program: str | None,
+    step: str | None,
+    scope: str | None,
+    older_than: str | None,
+    yes: bool,
+) -> None:
+    """Delete stored answers: those for which all that is given holds; all, if nothing is."""
+    from asmodel.stock import clear as delete
+    from asmodel.stock import seconds
+
+    settings = _settings(config, folders)
+    age = None if older_than is None else seconds(older_than)
+    if (program, step, scope, age) == (None, None, None, None) and not yes:
+        click.confirm("Delete every stored answer?", abort=True, err=True)
+    gone = _with_store(
+        settings, lambda store, _: delete(store, program=program, step=step, scope=scope, older_than=age)
+    )
+    click.echo(f"{gone} deleted")
+
+
+@cache.command()
+@click.argument("id", default="last")
+@_config
+@click.option("--all", "everything", is_flag=True, help="The steps that were found, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def explain(id: str, config: Path | None, folders: tuple[Path, ...], everything: bool, as_json: bool) -> None:
+    """Say of each step of a run whether it was found, and why not: what differs from the nearest stored answer.
+
+    ID is the beginning of a run's or trace's id; the last run unless given.
+    """
+    from asmodel import explaining, trace_reader
+
+    settings = _settings(config, folders)
+
+    async def work(store: Cache, traces: Path) -> list[explaining.Explained]:
+        try:
+            return await explaining.explain(trace_reader.spans(traces, id), store)
+        except (trace_reader.NoSuchTrace, trace_reader.TraceFileUnreadable) as error:
+            raise ConfigurationError(str(error)) from None
+
+    found = _with_store(settings, work)
+    if as_json:
+        click.echo(json.dumps([one.as_json() for one in found], indent=2))
+        return
+    for one in found:
+        if everything or one.outcome not in ("hit", "joined"):
+            click.echo(_wrapped(one.why, first=f"{one.program or '-'}  {one.step}  ", rest="    "))
+    hits = sum(one.outcome == "hit" for one in found)
+    bought = sum(one.outcome in ("miss", "bypass") for one in found)
+    click.echo(f"\n{len(found)} steps: {hits} found, {bought} bought")
 
 
 @main.command(short_help="Write a program that works, and its test.")

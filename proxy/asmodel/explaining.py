@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, cast
 import orjson
 
 from asmodel import tracing
-from asmodel.fingerprint import BY, CACHE_PARTS, Fingerprint, differing, read
+from asmodel.fingerprint import BY, Fingerprint, differing, read
 from asmodel.protocols import Cache, Listable
 from asmodel.tags import read as read_tag
 from asmodel.trace_reader import Node, Trace
@@ -164,7 +164,7 @@ _WHY: Mapping[str, str] = {
 
 def _parts(attributes: Mapping[str, Any]) -> Fingerprint | None:
     try:
-        return read(orjson.loads(str(attributes.get(CACHE_PARTS, ""))))
+        return read(orjson.loads(str(attributes.get(tracing.CACHE_PARTS, ""))))
     except orjson.JSONDecodeError:
         return None
 

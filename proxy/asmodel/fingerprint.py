@@ -21,9 +21,6 @@ from asmodel.tags import SECRET
 
 _SECRET_AT = hashlib.sha256(b"asmodel fingerprint secret 1").hexdigest()
 
-CACHE_PARTS = "asmodel.cache.parts"
-"""The attribute, of the span of a step that missed, that holds its call's fingerprint as JSON."""
-
 _EACH = 48
 """Of a list, so many items have a digest each, and the rest one together: a fingerprint stays small."""
 

@@ -98,6 +98,15 @@ class Clearable(Protocol):
 
 
 @runtime_checkable
+class Lasting(Protocol):
+    """A store that has a place for what must not be forgotten: of what was done to the world, say."""
+
+    def lasting(self) -> Cache:
+        """A store beside this one, opened and closed by itself, of which nothing expires and nothing is evicted."""
+        ...
+
+
+@runtime_checkable
 class Openable(Protocol):
     """Anything with a life: opened before the first use, closed after the last, on the same event loop."""
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import orjson
 
-from asmodel import effects, structured
-from asmodel import tracing
+from asmodel import effects, structured, tracing
 from asmodel.budget import Budget, Limits
 from asmodel.calls import JSON, CachePolicy, Chat, Document, Emit, Message, Reply, Terms
+from asmodel.deliveries import Deliveries, Delivery
 from asmodel.effects import Journal
 from asmodel.errors import AsmodelError, Draining, InvalidRequest, LimitExceeded, ProgramError
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.models import Model, Models, RoleCast, ServedProgram
+from asmodel.planning import Plan, foresee
 from asmodel.programs import Answer, Program
 from asmodel.progress import Progress
 from asmodel.protocols import Cache
@@ -60,6 +61,8 @@ class Asked:
     """What names the run for its client: its `Idempotency-Key`."""
     digest: str = ""
     """Of the request as it was sent, by which it is known that an identity is used for no other."""
+    retry: bool = False
+    """Whether an SDK sends the request again by itself."""
     ignored: tuple[str, ...] = ()
     """Names of what was sent and has no meaning for this model."""
 
@@ -86,6 +89,8 @@ class Job:
     started: float = field(default_factory=time.monotonic)
     deadline: float | None = None
     params: Any = None
+    delivery: Delivery | None = None
+    """Where a repeat is to get another answer: which one this is, and whom to tell when it has been delivered."""
 
 
 class Service:
@@ -96,6 +101,8 @@ class Service:
         models: Models,
         *,
         store: Cache | None = None,
+        journals: Cache | None = None,
+        repeats: Callable[[str, str], bool] = lambda model, scope: False,
         limits: Limits = Limits(),
         program_limits: Mapping[str, Limits] | None = None,
         cache_programs: bool = True,
@@ -105,6 +112,9 @@ class Service:
         self.models = models
         self.meter = meter
         self.store = store
+        self._journals = journals
+        self._repeats = repeats
+        """Whether a repeat of a request gets another answer; by the name of the model, and the caller's scope."""
         self.draining = False
         self.ready = asyncio.Event()
         """Set once every upstream is open; until then requests wait, and `/readyz` says so."""
@@ -163,7 +173,8 @@ class Service:
                 model.program,
                 identity=asked.identity,
                 cache=self._policy(model, asked),
-                journal=self.store is not None,
+                journal=self._journals is not None,
+                choices=asked.n,
             )
             if (wanted := asked.shape.get("response_format")) is not None:
                 # In a thread: to read a large schema takes a while. It is remembered.
@@ -182,7 +193,26 @@ class Service:
             self._refuse_unpriced(model, asked.roles, asked)
         deadline = None if limits.seconds is None else asyncio.get_running_loop().time() + limits.seconds
         id = f"run_{secrets.token_hex(8)}"
-        return Job(id=id, model=model, asked=asked, budget=budget, deadline=deadline, params=params)
+        job = Job(id=id, model=model, asked=asked, budget=budget, deadline=deadline, params=params)
+        # Who names a request means that one and no other, however often it comes.
+        counted = asked.digest and asked.identity is None and self._policy(model, asked).mode == "on"
+        if self.store is not None and counted and self._repeats(model.name, asked.scope):
+            deliveries = Deliveries(self.store)
+            job.delivery = await deliveries.begin(asked.digest, scope=asked.scope, retry=asked.retry)
+        return job
+
+    async def plan(self, name: str, asked: Asked) -> Plan:
+        """What answering would find in the cache, and what it would buy; nothing is bought."""
+        return await foresee(
+            self.models,
+            name,
+            Request(messages=asked.messages, documents=asked.documents, hints=asked.hints, shape=asked.shape),
+            params=asked.params,
+            roles=asked.roles,
+            cache=self._policy(self.models.find(name), asked),
+            scope=asked.scope,
+            store=self.store,
+        )
 
     def _refuse_unpriced(self, model: Model, roles: Mapping[str, str], asked: Asked) -> None:
         """A cost that cannot be known cannot be limited."""
@@ -240,11 +270,12 @@ class Service:
     ) -> Outcome:
         model, asked = job.model, job.asked
         cache = self._policy(model, asked)
+        path = str(choice) if job.delivery is None else job.delivery.path(choice)
         if isinstance(model, ServedProgram):
             journal = None
-            if asked.identity is not None and self.store is not None:
+            if asked.identity is not None and self._journals is not None:
                 journal = await Journal.begun(
-                    self.store,
+                    self._journals,
                     scope=asked.scope,
                     program=model.program.name,
                     identity=asked.identity,
@@ -256,7 +287,7 @@ class Service:
                 id=job.id,
                 cast=self.models.cast(model, asked.roles),
                 params=job.params,
-                path=str(choice),
+                path=path,
                 budget=job.budget,
                 progress=job.progress,
                 cache=cache,
@@ -279,7 +310,7 @@ class Service:
             messages=asked.messages,
             params=params,
             tools=tuple(tools),  # type: ignore[arg-type]  # a list of objects, as the wire has checked
-            draw=None if params.get("temperature") == 0 else str(choice),
+            draw=None if params.get("temperature") == 0 else path,
         )
         terms = Terms(
             emit=emit,

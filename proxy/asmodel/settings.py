@@ -195,12 +195,24 @@ class LimitsSettings(RunLimits):
     n: Whole = Field(default=16, ge=1, description="The highest `n`: how often one request may run a program.")
 
 
+Repeats: TypeAlias = Literal["same", "another"]
+REPEATS = (
+    "What a request gets whose answer was delivered whole before: the `same` answer, from the cache, or `another`, "
+    "with new draws, as chat front ends mean it. An SDK's own retry always gets the same."
+)
+
+
 class ProgramSettings(_Table):
     """What the operator sets for one program; a preset and a request come after it."""
 
     roles: dict[str, UpstreamName] = Field(default={}, description="Which model plays which role of the program.")
     limits: RunLimits = Field(default=RunLimits(), description="Bounds of its runs, besides those of every run.")
     params: dict[str, Any] = Field(default={}, description="Defaults of its parameters.")
+    repeats: Repeats | None = Field(
+        default=None,
+        description=REPEATS,
+        json_schema_extra={"default_words": "`[cache] repeats`"},
+    )
 
 
 class Preset(_Table):
@@ -210,6 +222,11 @@ class Preset(_Table):
     params: dict[str, Any] = Field(default={}, description="Parameters of the program.")
     roles: dict[str, UpstreamName] = Field(default={}, description="Which model plays which role of the program.")
     description: str = Field(default="", description="What `/v1/models` says about it.")
+    repeats: Repeats | None = Field(
+        default=None,
+        description=REPEATS,
+        json_schema_extra={"default_words": "its program's"},
+    )
 
 
 class CacheSettings(_WithOptions):
@@ -222,6 +239,10 @@ class CacheSettings(_WithOptions):
     )
     programs: bool = Field(default=True, description="Whether the steps of programs are cached.")
     upstreams: bool = Field(default=False, description="Whether calls that are passed through are cached.")
+    repeats: Repeats = Field(default="same", description=REPEATS)
+    another_for: list[str] = Field(
+        default=[], description="Holders of keys whose repeats get `another` answer, whatever else is set."
+    )
 
 
 class IdempotencySettings(_Table):
@@ -349,6 +370,14 @@ class Settings(BaseSettings):
     def embedded_by_default(self) -> bool:
         """Whether the embedded model answers because no upstream is set."""
         return not self.upstreams
+
+    def repeats(self, model: str, holder: str) -> bool:
+        """Whether a repeat of a request for that model gets another answer; `holder` is whose key came with it."""
+        preset = self.models.get(model)
+        program = (model if preset is None else preset.program).partition(":")[0]
+        set_for = self.programs.get(program)
+        said = (preset and preset.repeats) or (set_for and set_for.repeats) or self.cache.repeats
+        return said == "another" or holder in self.cache.another_for
 
     @property
     def effective_upstreams(self) -> dict[str, UpstreamSettings]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn, cast
 
@@ -131,24 +131,24 @@ class _Clock:
 
 
 def _validator(schema: Any, clock: _Clock) -> Any:
-    from jsonschema.validators import Draft202012Validator, extend, validator_for
+    from jsonschema import validators
     from referencing import Registry
+
+    library: Any = validators  # It publishes no types.
+    registry: Any = Registry()
 
     parts = list(_walk(schema))
     if len(parts) > SCHEMA_PARTS:
         raise _no_schema(f"is made of more than {SCHEMA_PARTS} values")
-    known: Any = (
-        validator_for(schema, default=Draft202012Validator) if isinstance(schema, dict) else Draft202012Validator
-    )
+    known: Any = library.validator_for(schema, default=library.Draft202012Validator)
     # Its patterns may be of JavaScript's kind, which is not ours to judge, so formats are not checked.
     known.check_schema(schema, format_checker=None)
     patterned = False
     for part in parts:
-        if isinstance(part, dict):
-            # A part that names its own draft would be read by that draft's own validator, patterns and all.
-            if isinstance(part.get("$schema"), str):
-                del part["$schema"]
-            patterned = patterned or "patternProperties" in part
+        # A part that names its own draft would be read by that draft's own validator, patterns and all.
+        if isinstance(_fields(part).get("$schema"), str):
+            del part["$schema"]
+        patterned = patterned or "patternProperties" in _fields(part)
     checks = {word: _timed(check, clock) for word, check in known.VALIDATORS.items()}
     checks["uniqueItems"] = _unique
     for word in ("pattern", "patternProperties"):
@@ -158,7 +158,7 @@ def _validator(schema: Any, clock: _Clock) -> Any:
         checks["unevaluatedProperties"] = _unchecked
         checks["additionalProperties"] = _unless_patterned(checks["additionalProperties"])
     # A registry of its own, for without one a `$ref` is fetched from wherever it points to.
-    validator = extend(known, validators=checks)(schema, registry=Registry())
+    validator: Any = library.extend(known, validators=checks)(schema, registry=registry)
     _check_references(validator, schema)
     return validator
 
@@ -187,7 +187,7 @@ def _unique(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator
     from jsonschema import ValidationError
 
     if wanted and isinstance(instance, list):
-        items: list[Any] = instance
+        items = cast("Sequence[Any]", instance)
         try:
             if len({canonical(item) for item in items}) < len(items):
                 yield ValidationError("the items are not all different")
@@ -197,10 +197,10 @@ def _unique(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator
 
 def _check_references(validator: Any, schema: Any) -> None:
     """Raise for a reference that leads out of the schema, before anything is bought."""
-    names = any(isinstance(part, dict) and isinstance(part.get("$id"), str) for part in _walk(schema))
+    names = any(isinstance(_fields(part).get("$id"), str) for part in _walk(schema))
     for part in _walk(schema, schemas_only=True):
-        references = [part.get(word) for word in ("$ref", "$dynamicRef")] if isinstance(part, dict) else []
-        for reference in references:
+        for word in ("$ref", "$dynamicRef"):
+            reference = _fields(part).get(word)
             # Below an `$id` of its own, a part's references start from there; whether they lead anywhere is seen later.
             if isinstance(reference, str) and not (reference.startswith("#") and names):
                 validator._resolver.lookup(reference)
@@ -212,9 +212,10 @@ def _walk(schema: Any, *, schemas_only: bool = False) -> Iterator[Any]:
     while left:
         value = left.pop()
         yield value
-        if isinstance(value, dict):
-            items = cast("dict[str, Any]", value).items()
-            left += [inner for word, inner in items if not (schemas_only and word in _DATA)]
-        elif isinstance(value, list):
-            inside: list[Any] = value
-            left += inside
+        left += [inner for word, inner in _fields(value).items() if not (schemas_only and word in _DATA)]
+        if isinstance(value, list):
+            left += cast("Sequence[Any]", value)
+
+
+def _fields(value: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

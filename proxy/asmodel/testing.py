@@ -996,13 +996,15 @@ async def run_program(
     roles: Mapping[str, str] | None = None,
     hints: Mapping[str, JSON] | None = None,
     choice: int = 0,
+    identity: str | None = None,
     emit: Emit | None = None,
 ) -> Answer:
     """Answer one question by a program, with all that is between a program and a model in the server.
 
     `upstream` plays every role that has no other player; `upstreams` are further ones by name, and a step's role may
     be the name of one. With the same `cache` (open, if it has a life) and the same question, a second run is the first
-    one resumed. `hints` are a client's sampling parameters, by OpenAI's names; `choice` counts the choices of `n`.
+    one resumed. `hints` are a client's sampling parameters, by OpenAI's names; `choice` counts the choices of `n`;
+    `identity` names the run, as an `Idempotency-Key` does: a program with effects wants one, and a cache.
     Raises what a client would be told: AsmodelError.
     """
     from asmodel.app import onion
@@ -1017,7 +1019,7 @@ async def run_program(
         raise TypeError("run_program wants an upstream, such as upstream=FunctionUpstream(lambda call: 'yes')")
     wrapped = onion(given, {name: UpstreamSettings(kind="function") for name in given}, cache)
     models = Models([program], wrapped, store=cache)
-    service = Service(models, store=cache)
+    service = Service(models, store=cache, journals=cache)
     service.ready.set()
     asked = Asked(
         messages=(Message("user", question),) if isinstance(question, str) else tuple(question),
@@ -1027,6 +1029,7 @@ async def run_program(
         roles=dict(roles or {}),
         limits=limits or Limits(),
         cache=policy,
+        identity=identity,
     )
     job = await service.prepare(models.find(program.name), asked)
     return (await service.answer(job, choice, emit)).answer

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import urlsplit
 
+import orjson
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, StatusCode
@@ -652,6 +653,13 @@ def part_span(name: str, *, of: int | None) -> AbstractContextManager[Span]:
     if of is not None:
         attributes[RUN_PART_OF] = of
     return _Active(f"part {name}", SpanKind.INTERNAL, attributes)
+
+
+def record_parts(span: Span, parts: Mapping[str, str]) -> None:
+    """The fingerprint of a call that is bought; of a step that is asked again, of what it asked first."""
+    so_far: Mapping[str, Any] = getattr(span, "attributes", None) or {}
+    if span.is_recording() and CACHE_PARTS not in so_far:
+        span.set_attribute(CACHE_PARTS, orjson.dumps(parts).decode())
 
 
 def record_error(span: Span, error: BaseException) -> None:

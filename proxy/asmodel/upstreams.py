@@ -17,12 +17,11 @@ import logging
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import orjson
 from opentelemetry import trace
 
 from asmodel import tracing
@@ -35,7 +34,7 @@ from asmodel.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from asmodel.fingerprint import CACHE_PARTS, Fingerprint, Fingerprints
+from asmodel.fingerprint import Fingerprint, Fingerprints
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.protocols import Cache, Counting, Detecting, Lockable, Openable, Upstream
 from asmodel.tags import tag
@@ -297,7 +296,7 @@ class Cached(_Layer):
         except Exception as error:  # Of the store, which may be anybody's; the reply has been paid for.
             log.info("a call of %s/%s has no fingerprint: %s", terms.program, terms.step, type(error).__name__)
             return None
-        _show(parts)
+        tracing.record_parts(trace.get_current_span(), parts)
         return parts
 
     async def _store(self, k: str, reply: Reply, readers: Sequence[Terms], parts: Fingerprint | None) -> None:
@@ -353,14 +352,6 @@ def _seen(task: asyncio.Task[Reply]) -> None:
     """Its waiters may all have left; the event loop would log the text of the error that they were spared."""
     if not task.cancelled():
         task.exception()
-
-
-def _show(parts: Fingerprint) -> None:
-    """On the span of the step that missed; of a step that is asked again, those of what it asked first."""
-    span = trace.get_current_span()
-    so_far: Mapping[str, Any] = getattr(span, "attributes", None) or {}
-    if span.is_recording() and CACHE_PARTS not in so_far:
-        span.set_attribute(CACHE_PARTS, orjson.dumps(parts).decode())
 
 
 def _being_cancelled() -> bool:

@@ -204,6 +204,13 @@ class ChatRequest(BaseModel):
     _sent: Json = PrivateAttr(default_factory=dict[str, Any])
     """The body as it came: what is passed on is that, and not what validation made of it (1 would be 1.0)."""
 
+    @classmethod
+    def of(cls, sent: Json) -> ChatRequest:
+        """Raises pydantic's ValidationError."""
+        request = cls.model_validate(sent)
+        request._sent = sent
+        return request
+
     @property
     def asked(self) -> Json:
         """Every parameter that was sent and is not ours to act on: null counts as absent, as OpenAI has it."""
@@ -306,11 +313,9 @@ def read_chat(body: bytes, *, messages: int | None = None) -> ChatRequest:
         raise TooManyMessages(f"`messages`: at most {messages}, not {len(given)}", param="messages")
     _check_size(sent)
     try:
-        request = ChatRequest.model_validate(sent)
+        return ChatRequest.of(sent)
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False, include_input=False), sent) from None
-    request._sent = sent
-    return request
 
 
 class TooManyMessages(InvalidRequest):
