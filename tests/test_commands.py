@@ -269,10 +269,21 @@ def test_check_finds_a_role_that_nobody_plays(asmodel: Asmodel, folder: Path, up
 
 def test_check_finds_an_upstream_that_cannot_do_what_a_step_needs(asmodel: Asmodel, folder: Path) -> None:
     with ScriptedServer(scores="ignored") as cannot:
-        (folder / "asmodel.toml").write_text(upstream(cannot.base_url))
+        wanted = "[programs.evidence-qa.params]\nkeep = 2\n"
+        (folder / "asmodel.toml").write_text(upstream(cannot.base_url) + wanted)
         ended = asmodel("check", code=2)
     for part in ("evidence-qa", "question_given", "scorer", "log-likelihood"):
         assert part in ended.stderr
+
+
+def test_check_only_notes_that_a_program_which_nobody_asked_for_cannot_be_played(
+    asmodel: Asmodel, folder: Path
+) -> None:
+    with ScriptedServer(scores="ignored") as cannot:
+        (folder / "asmodel.toml").write_text(upstream(cannot.base_url))
+        ended = asmodel("check")
+    assert 'note: program "evidence-qa"' in ended.stdout
+    assert "All well." in ended.stdout
 
 
 def test_check_points_out_globals_clocks_and_chance_in_steps(asmodel: Asmodel, folder: Path) -> None:

@@ -135,12 +135,14 @@ def _validator(schema: Any, clock: _Clock) -> Any:
     from referencing import Registry
 
     library: Any = validators  # It publishes no types.
-    registry: Any = Registry()
+    registry: Registry[Any] = Registry()
 
     parts = list(_walk(schema))
     if len(parts) > SCHEMA_PARTS:
         raise _no_schema(f"is made of more than {SCHEMA_PARTS} values")
-    known: Any = library.validator_for(schema, default=library.Draft202012Validator)
+    known: Any = library.Draft202012Validator
+    if isinstance(_fields(schema).get("$schema"), str):
+        known = library.validator_for(schema, default=known)
     # Its patterns may be of JavaScript's kind, which is not ours to judge, so formats are not checked.
     known.check_schema(schema, format_checker=None)
     patterned = False

@@ -64,7 +64,7 @@ NEEDS: Mapping[str, str] = {
 }
 """Parameters that change the shape of the answer, and what a program must support to be given them."""
 
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "tools": ([], None),
     "tool_choice": ("none", "auto", None),
     "parallel_tool_calls": (True, False, None),
@@ -78,7 +78,7 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
 }
 """Values that ask for nothing that an ordinary answer does not have."""
 
-_PARTS: Mapping[str, str] = {"image_url": "images", "input_audio": "audio"}
+PARTS: Mapping[str, str] = {"image_url": "images", "input_audio": "audio"}
 """Parts of a message that no text stands for, and what a program must support to be shown them."""
 
 _OURS = frozenset(("model", "messages", "stream", "stream_options", "n", "asmodel", "documents"))
@@ -396,7 +396,7 @@ def refuse_unsupported(request: ChatRequest, program: Program[Any, Any]) -> None
     also = f"; it supports {', '.join(sorted(program.supports))}" if program.supports else ""
     for name, value in request.asked.items():
         need = NEEDS.get(name)
-        if need is None or need in program.supports or value in _HARMLESS[name]:
+        if need is None or need in program.supports or value in HARMLESS[name]:
             continue
         raise InvalidRequest(
             f'`{name}` is not supported by the program "{program.name}", which answers with plain text{also}',
@@ -405,7 +405,7 @@ def refuse_unsupported(request: ChatRequest, program: Program[Any, Any]) -> None
         )
     for place, message in enumerate(request.messages):
         for part in message.content if isinstance(message.content, list) else ():
-            need = _PARTS.get(part.type)
+            need = PARTS.get(part.type)
             if need is not None and need not in program.supports:
                 raise InvalidRequest(
                     f'the program "{program.name}" cannot look at a part of type {part.type}{also}',
@@ -424,7 +424,7 @@ def split(request: ChatRequest, program: Program[Any, Any]) -> tuple[Json, Json,
             hints[name] = value
         elif NEEDS.get(name) in program.supports:
             shape[name] = value
-        elif value not in _HARMLESS.get(name, ()):
+        elif value not in HARMLESS.get(name, ()):
             ignored.append(name)
     return hints, shape, ignored
 

@@ -389,7 +389,7 @@ def mixed(clients: Clients) -> list[Callable[[], object]]:
         # Not to be read at first, or at all.
         add("leaf", shop.order("not a count"), stream=stream)
         add("trunk", shop.order(None, None, "not a count", "nor this"), stream=stream)
-        add("leaf", shop.order("not a count", "nor this"), "step_unreadable", stream=stream)
+        add("leaf", shop.order("not a count", "nor this", "nor this"), "step_unreadable", stream=stream)
         # Limits.
         add("thrifty", stream=stream, asmodel={"limits": {"calls": 2}})
         add("thrifty", stream=stream, asmodel={"limits": {"tokens": 250}})
@@ -401,7 +401,7 @@ def mixed(clients: Clients) -> list[Callable[[], object]]:
         # The client's own mistakes.
         add("self-consistency", None, "invalid_request", stream=stream, asmodel={"params": {"samples": 0}})
         add("nobody", None, "model_not_found", stream=stream)
-        add("trunk", None, "unsupported_parameter", stream=stream, tools=[])
+        add("trunk", None, "unsupported_parameter", stream=stream, response_format={"type": "json_object"})
         # Clients that leave: before the answer, in the middle of it.
         for model in ("plain", "default", "self-consistency", "trunk"):
             order = shop.order(*[30.0] * 20)
@@ -591,7 +591,7 @@ class Books:
         for (n, of), value in self.metrics.items():
             told = dict(of)
             if n == name and where.items() <= told.items() and value:
-                found[tuple(told[label] for label in labels) if len(labels) > 1 else told[labels[0]]] += value
+                found[tuple(told.get(label, "") for label in labels) if len(labels) > 1 else told[labels[0]]] += value
         return dict(found)
 
 
@@ -676,7 +676,7 @@ def test_the_run_was_a_mixed_one(books: Books) -> None:
     print(f"\n{len(books.asked)} requests of {CLIENTS} clients in {books.seconds:.1f} s: {dict(outcomes)}")
     print(f"{len(books.spans)} spans, {sum(span.is_call for span in books.spans)} calls")
     wrong = [(a.model, a.wants, books.line(a)["outcome"]) for a in books.asked if books.line(a)["outcome"] != a.wants]
-    assert not wrong
+    assert not wrong, '\n'.join(map(str, wrong))
     results = Counter(s.attributes.get("asmodel.cache.result") for s in books.spans if s.is_step)
     assert min(results["hit"], results["miss"], results["joined"], results["bypass"]) > 0
     assert "Traceback" not in books.said
@@ -735,7 +735,7 @@ def test_each_call_that_came_in_upstream_is_an_attempt_in_a_span(books: Books) -
         told = sum(call.attempts for call in calls) - sum(call.unsent for call in calls)
         if told != len(requests[mark]):
             wrong.append((asked[0].model, asked[0].wants, told, len(requests[mark])))
-    assert not wrong
+    assert not wrong, '\n'.join(map(str, wrong))
     attempts = sum(span.attempts for span in books.spans if span.is_call)
     assert attempts == len([r for of in requests.values() for r in of]) + unsent
     assert books.total("asmodel_upstream_attempts_total") == attempts
@@ -752,7 +752,7 @@ def test_a_line_of_the_log_tells_the_attempts_of_its_trace(books: Books) -> None
         told, spans = books.line(asked).get("calls", 0), sum(call.attempts for call in books.calls(asked))
         if told != spans:
             wrong.append((asked.model, asked.wants, asked.stream, told, spans, asked.mark))
-    assert not wrong
+    assert not wrong, '\n'.join(map(str, wrong))
 
 
 def spent(calls: Iterable[Span]) -> tuple[int, int, float]:
@@ -772,7 +772,7 @@ def test_tokens_are_those_that_the_upstream_sold(books: Books) -> None:
         sold = books.shop.sold[mark]
         if bought[:2] != (sold.input, sold.output):
             wrong.append((asked[0].model, asked[0].wants, bought, sold))
-    assert not wrong
+    assert not wrong, '\n'.join(map(str, wrong))
 
 
 def test_tokens_and_cost_agree_in_spans_and_log(books: Books) -> None:
@@ -783,7 +783,7 @@ def test_tokens_and_cost_agree_in_spans_and_log(books: Books) -> None:
         told = (line.get("input_tokens", 0), line.get("output_tokens", 0), cost)
         if told != spent(calls):
             wrong.append((asked.model, asked.wants, asked.stream, told, spent(calls)))
-    assert not wrong
+    assert not wrong, '\n'.join(map(str, wrong))
 
 
 def test_tokens_and_cost_agree_in_spans_and_metrics(books: Books) -> None:
