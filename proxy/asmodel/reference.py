@@ -6,16 +6,18 @@ What can be read off the code is; the words for what cannot are kept here, and t
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from asmodel import access, chat, effects, errors, exchange, routes, wire
+from asmodel import access, chat, connections, effects, errors, exchange, routes, wire
 from asmodel.errors import AsmodelError
 from asmodel.settings import IdempotencySettings, LimitsSettings
 
 ROUTES: Mapping[str, str] = {
     "POST /v1/chat/completions": "an answer, whole or as a stream; of programs and of passed-through upstreams",
-    "GET /v1/models": "programs, presets and upstreams; under `asmodel` what each is and, of a program, its description, "
+    "GET /v1/models": "programs, presets and upstreams; under `asmodel` what each is and, of a program, its "
+    "description, "
     "the digest of its source, what it supports, and the JSON schema of its parameters",
     "GET /v1/models/{id}": "one of them, a composition (`PROGRAM:REST`) too; 404 with the nearest name",
     "GET /healthz": "200 as long as the process answers",
@@ -27,7 +29,8 @@ ROUTES: Mapping[str, str] = {
 REQUEST_HEADERS: Mapping[str, str] = {
     "authorization": "`Bearer KEY`, one of `[keys]`. Without keys it is not looked at.",
     "content-type": "must be `application/json`; anything else is a 400.",
-    "host": "without keys it must name this machine, or the answer is a 403: a page elsewhere could lead here by a name of "
+    "host": "without keys it must name this machine, or the answer is a 403: a page elsewhere could lead here by "
+    "a name of "
     "its own.",
     "origin": "without keys it must name this machine too, if it is there. CORS headers are never sent.",
     "x-request-id": "up to 128 printable characters, and comes back; else one is made.",
@@ -35,7 +38,8 @@ REQUEST_HEADERS: Mapping[str, str] = {
     "tracestate": "goes with it.",
     "x-asmodel-trace": "`on` has the request traced whatever the sampler says, for those who may: docs/tracing.md.",
     "x-stainless-retry-count": "sent by SDKs when they ask again by themselves: the same request then, not a repeat.",
-    "cache-control": "`no-cache` buys anew and stores, `no-store` does neither, `only-if-cached` buys nothing (504 where "
+    "cache-control": "`no-cache` buys anew and stores, `no-store` does neither, `only-if-cached` buys nothing "
+    "(504 where "
     "something would be), `max-age=N` takes what is no older than N seconds. `asmodel.cache` in the body comes first.",
     "idempotency-key": "up to 255 characters: see below.",
 }
@@ -62,7 +66,7 @@ RESPONSE_HEADERS: Mapping[str, str] = {
     "allow": "with a 405.",
     "connection": "`close` where no further request can come over the connection.",
 }
-"""Every header of a response, in lower case. The counts are as of when the headers leave: of a stream, of its beginning."""
+"""Every header of a response, in lower case."""
 
 _OURS: Mapping[str, tuple[str, str]] = {
     "model": (
@@ -80,7 +84,8 @@ _OURS: Mapping[str, tuple[str, str]] = {
     "stream": ("honoured: see below", "honoured: see below"),
     "stream_options": (
         "`include_usage` is honoured; `include_obfuscation` and others have no meaning",
-        "`include_usage` is honoured: every stream is asked for its usage, and the chunk that brings it is left out where "
+        "`include_usage` is honoured: every stream is asked for its usage, and the chunk that brings it is left "
+        "out where "
         "it was not asked for; others as they were sent",
     ),
     "asmodel": ("see below", "`cache` and `limits`; taken off before the upstream is asked"),
@@ -93,14 +98,16 @@ _EXTENSION: Mapping[str, str] = {
     "roles": "who plays which role of the program, by name. Not for upstreams.",
     "cache": "`on`, `off` (neither read nor write), `refresh` (buy anew and write), `only` (buy nothing: 504 "
     "`not_cached`). By default as the settings say: programs on, upstreams off.",
-    "progress": "whether a program's stream tells what it is at, as `reasoning_content`. By default as the settings say.",
+    "progress": "whether a program's stream tells what it is at, as `reasoning_content`. By default as the "
+    "settings say.",
     "limits": "bounds of this request, which can only be tighter than those of the settings:",
 }
 
 _LIMITS: Mapping[str, str] = {
     "calls": "attempts at upstreams",
     "tokens": "tokens bought, of prompts and answers together",
-    "cost": "US dollars; a 400 where an upstream that would be asked has no price, for what is not known cannot be limited",
+    "cost": "US dollars; a 400 where an upstream that would be asked has no price, for what is not known cannot "
+    "be limited",
     "seconds": "from the start of the run",
 }
 
@@ -108,7 +115,7 @@ _LIMITS: Mapping[str, str] = {
 def page() -> str:
     """The whole page, as Markdown."""
     limits, named = LimitsSettings(), IdempotencySettings()
-    return f"""\
+    return _wrapped(f"""\
 # OpenAI's API, as asmodel speaks it
 
 <!-- Made by `python -m asmodel.reference`; a test holds it against the code. -->
@@ -123,48 +130,49 @@ The source is OpenAI's openapi.yaml, version 2.3.0.
 
 ## Parameters of a chat completion
 
-For a **program**, sampling hints go to its reply step (the one whose words are the answer); a program that has none lists
-them as ignored. What changes the shape of the answer is refused unless the program supports it; values that ask for
-nothing special are always welcome. A field that is not in this table is ignored.
+For a **program**, sampling hints go to its reply step (the one whose words are the answer); a program that has none
+lists them as ignored. What changes the shape of the answer is refused unless the program supports it; values that ask
+for nothing special are always welcome. A field that is not in this table is ignored.
 
-An **upstream that is passed through** is sent every field as it came, `null` and unknown ones too, but those marked here.
+An **upstream that is passed through** is sent every field as it came, `null` and unknown ones too, but those marked
+here.
 
 {_table(("parameter", "what it may be", "for a program", "passed through"), _parameters())}
 
-Parts of a message may be of any type. For a program, {_parts()}; a part of another type is passed on to those steps that
-show the conversation.
+Parts of a message may be of any type. For a program, {_parts()}; a part of another type is passed on to those steps
+that show the conversation.
 
 A body has at most {limits.body_bytes:,} bytes, {limits.messages:,} messages, `n` up to {limits.n} (`[limits]` of the
 settings), {wire.OBJECTS:,} objects and lists, and is at most {wire.DEPTH} deep.
 
 ### `asmodel`
 
-One object in the body for all that OpenAI's API has no word for (`extra_body={{"asmodel": {{…}}}}` in SDKs). A name in it
-that does not exist is refused.
+One object in the body for all that OpenAI's API has no word for (`extra_body={{"asmodel": {{…}}}}` in SDKs). A name
+in it that does not exist is refused.
 
 {_table(("field", "what it does"), _extension())}
 
 ## Answers
 
-**Of a program**, a `chat.completion` as OpenAI's, with the receipt under `asmodel`: `request_id`, `trace_id`, `run_id`,
-`program`, `program_digest`, `steps`, `cache_hits`, `joined`, `upstream_calls`, `cost` (US dollars; null where a price is
-not known), `saved` (what the hits would have cost), `usage_estimated`, `seconds`, `overhead_ms`, `ignored`, and
-`citations` and `data` where the program gives some. `usage` is what was bought for this request, failed attempts
-included; of it, completion tokens that are not in the answer are `reasoning_tokens`.
+**Of a program**, a `chat.completion` as OpenAI's, with the receipt under `asmodel`: `request_id`, `trace_id`,
+`run_id`, `program`, `program_digest`, `steps`, `cache_hits`, `joined`, `upstream_calls`, `cost` (US dollars; null
+where a price is not known), `saved` (what the hits would have cost), `usage_estimated`, `seconds`, `overhead_ms`,
+`ignored`, and `citations` and `data` where the program gives some. `usage` is what was bought for this request,
+failed attempts included; of it, completion tokens that are not in the answer are `reasoning_tokens`.
 
-**Passed through**, the upstream's own bytes, where it speaks OpenAI's API: its ids, its name for the model, fields that
-nobody knows. Upstreams of other kinds are translated, and so is what comes out of the cache. The receipt is in the
-headers alone.
+**Passed through**, the upstream's own bytes, where it speaks OpenAI's API: its ids, its name for the model, fields
+that nobody knows. Upstreams of other kinds are translated, and so is what comes out of the cache. The receipt is in
+the headers alone.
 
-**In a shape** (`response_format`): a program's answer is held until it is whole, held against the schema, and asked for
-once more if it does not fit; an answer that never fits is an error. Refusals, tool calls and answers that were cut off
-(`finish_reason` `length` or `content_filter`) are not held against it. Nothing is fetched for a `$ref`, `pattern` is left
-to the upstream, and a schema that cannot be read, or takes too long, is a 400.
+**In a shape** (`response_format`): a program's answer is held until it is whole, held against the schema, and asked
+for once more if it does not fit; an answer that never fits is an error. Refusals, tool calls and answers that were
+cut off (`finish_reason` `length` or `content_filter`) are not held against it. Nothing is fetched for a `$ref`,
+`pattern` is left to the upstream, and a schema that cannot be read, or takes too long, is a 400.
 
 ## Streams
 
-The status is sent when the first upstream has answered, or after {chat.OPENS_AFTER:g} s; what is wrong with the request
-is said before that, with its own status. Then come, as `data:` events:
+The status is sent when the first upstream has answered, or after {chat.OPENS_AFTER:g} s; what is wrong with the
+request is said before that, with its own status. Then come, as `data:` events:
 
 1. the role, for each choice;
 2. while steps run, what the program is at: lines of `reasoning_content`, at most {chat.LINES_A_SECOND} a second, that
@@ -176,22 +184,23 @@ is said before that, with its own status. Then come, as `data:` events:
 
 Of an upstream that is passed through, its own chunks come instead, and one `[DONE]`. Where nothing has been said for
 {chat.KEEP_ALIVE_EVERY:g} s there is a comment, which clients pass over. An error in the middle is an event
-`{{"error": {{…}}}}` and the end; there is no `[DONE]` then, and what has begun to be answered is not begun anew. A client that
-reads slowly holds up nobody else, and one that leaves ends its run.
+`{{"error": {{…}}}}` and the end; there is no `[DONE]` then, and what has begun to be answered is not begun anew. A
+client that reads slowly holds up nobody else, and one that leaves ends its run.
 
 ## Idempotency-Key
 
-Requests of one caller with one key are one run. One that comes while the run is under way joins it, and is told all of it
-from its beginning; one that comes within {named.keep_seconds:g} s after it has ended gets the same answer, with the same
-`id`. A run that has a key goes on for {named.grace_seconds:g} s after its client has left. One that failed is forgotten,
-so that a retry makes it anew, from where its steps are cached. The same key with another body is a 400.
+Requests of one caller with one key are one run. One that comes while the run is under way joins it, and is told all
+of it from its beginning; one that comes within {named.keep_seconds:g} s after it has ended gets the same answer, with
+the same `id`. A run that has a key goes on for {named.grace_seconds:g} s after its client has left. One that failed
+is forgotten, so that a retry makes it anew, from where its steps are cached. The same key with another body is a 400.
 (`[idempotency]` of the settings; in one process, elsewhere a retry finds the steps in the cache.)
 
 ## Headers of a request
 
 {_table(("header", "what it does"), ((f"`{name}`", what) for name, what in REQUEST_HEADERS.items()))}
 
-Others are not looked at. A request has at most {limits.body_bytes:,} bytes of body, and 30 s to send its headers.
+Others are not looked at. A request has {connections.HEADER_SECONDS:g} s to send them, at most {connections.HEADERS}
+of them, and {connections.HEADER_BYTES:,} bytes in all.
 
 ## Headers of a response
 
@@ -201,12 +210,25 @@ The counts are as of when the headers leave: of a stream, of its beginning.
 
 ## Errors
 
-On every route, `{{"error": {{"message", "type", "param", "code"}}}}`, with a status by which SDKs do the right thing; of a
-program, with the receipt beside it. Where an upstream gives a `code` of its own (`context_length_exceeded`,
-`content_filter`, …) that is kept.
+On every route, `{{"error": {{"message", "type", "param", "code"}}}}`, with a status by which SDKs do the right thing;
+of a program, with the receipt beside it. Where an upstream gives a `code` of its own (`context_length_exceeded`,
+`content_filter`, …) that is kept. An upstream that does not know its own model, has no quota left, or cannot do what
+it is asked is a 502 with `upstream_model_not_found`, `insufficient_quota` or `upstream_not_implemented`, not worth a
+retry.
 
 {_table(("status", "code", "type", "SDKs ask again", "when"), _errors())}
-"""
+""")
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in lines of one length, whatever stands in them; tables, lists and headings as they are."""
+    parts = text.removesuffix("\n").split("\n\n")
+    wrapped = [part if part[:1] in "|#<1" else _fill(part) for part in parts]
+    return "\n\n".join(wrapped) + "\n"
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -332,6 +354,12 @@ _WHEN: Mapping[str, str] = {
     "EffectUnknown": "a tool whose doing must not be repeated was begun, and it is not known whether it was done",
     "JournalUnusable": "the journal of such tools cannot be read or written just now; nothing was done",
     "PayloadTooLarge": "the body is larger than this server takes",
+    "UpstreamRejected": "an upstream calls the request wrong",
+    "UpstreamRateLimited": "an upstream is asked too often; with `retry-after`",
+    "UpstreamUnreachable": "there is no connection to an upstream",
+    "UpstreamUnavailable": "an upstream answers 5xx, or is still loading",
+    "UpstreamTimeout": "an upstream takes too long to be reached, to begin, or to end",
+    "UpstreamBroken": "an upstream has answered with something that is no answer",
     "UpstreamAuth": "the upstream refuses *our* key: the client's is fine, so it is never a 401",
 }
 """Of the errors that the tree in `errors` does not have, or has in words for those who write code."""
