@@ -1,4 +1,4 @@
-"""`docs/openai.md` says what the server does: it is made of the code, and what is written by hand is held against it."""
+"""`docs/openai.md` says what the server does: made of the code, and where written by hand, held against it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ def test_every_route_is_on_the_page() -> None:
 
 
 def test_every_parameter_of_the_api_is_on_the_page() -> None:
-    api = (
+    words = (
         "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens messages "
         "metadata modalities model moderation n parallel_tool_calls prediction presence_penalty prompt_cache_key "
         "prompt_cache_options prompt_cache_retention reasoning_effort response_format safety_identifier seed "
         "service_tier stop store stream stream_options temperature tool_choice tools top_logprobs top_p user verbosity "
         "web_search_options"
-    ).split()
+    )
+    api = words.split()
     page = PAGE.read_text()
     for name in [*api, "asmodel"]:
         assert f"\n| `{name}` | " in page, name
@@ -92,7 +93,7 @@ def test_every_header_of_a_response_is_on_the_page(server: Server, up: ScriptedS
     assert reference.RESPONSE_HEADERS.keys() <= told
 
 
-FIRST = {"number": 1, "integer": 1, "boolean": True, "object": {"a": "b"}, "array": [], "string": "x"}
+FIRST: dict[str, Any] = {"number": 1, "integer": 1, "boolean": True, "object": {"a": "b"}, "array": [], "string": "x"}
 
 
 @pytest.mark.parametrize("name", [n for n in wire.ChatRequest.model_fields if n not in ("model", "messages")])

@@ -35,6 +35,7 @@ from asmodel import (
     program,
     score,
     step,
+    tool,
     tracing,
 )
 from asmodel.app import onion
@@ -408,14 +409,32 @@ async def test_a_nested_program_streams_only_if_the_outer_one_passes_it_on() -> 
     assert [c.params for c in upstream.calls if isinstance(c, Chat)] == [{}, {}]
 
 
-async def test_text_that_a_tool_call_may_follow_is_held_back() -> None:
+async def test_text_that_a_call_of_the_programs_own_tool_may_follow_is_held_back() -> None:
+    @tool
+    def look_up(word: str) -> str:
+        """Look a word up."""
+        return word
+
+    @step(tools=[look_up], temperature=0)
+    def say(text: str) -> str:
+        return text
+
+    async def uses(run: Run) -> str:
+        return await run.reply(say, run.question)
+
+    deltas: list[Delta] = []
+    answer = await run_program(made(uses), "q", upstream=FunctionUpstream(lambda call: "hm"), emit=collecting(deltas))
+    assert (answer.text, deltas) == ("hm", [])
+
+
+async def test_text_streams_where_the_clients_own_tools_are_offered() -> None:
     deltas: list[Delta] = []
     upstream = FunctionUpstream(lambda call: "hm", name="up")
     tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     answer, _ = await serve(
         made(replying, supports=["tools"]), upstream, emit=collecting(deltas), shape={"tools": tools}
     )
-    assert (answer.text, deltas) == ("hm", [])
+    assert answer.text == "".join(delta.text for delta in deltas) == "hm"
     assert isinstance(upstream.calls[1], Chat)
     assert upstream.calls[1].tools == tuple(tools)
 

@@ -118,7 +118,7 @@ def plainly(body: dict[str, Any]) -> dict[str, Any]:
     return {"usage": body["usage"], "choices": choices}
 
 
-@pytest.mark.parametrize("model", ["plain", "default"])
+@pytest.mark.parametrize("model", ["plain", "default", "plain:plain:default"])
 @given(st.lists(st.tuples(messages, finishes), min_size=1, max_size=3), usages, st.booleans())
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_stream_adds_up_to_the_body(

@@ -338,6 +338,13 @@ def test_what_goes_wrong_before_the_first_byte_is_a_status(
         assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("60", "60000")
 
 
+def test_what_goes_wrong_after_the_stream_was_opened_in_silence_is_its_only_event(server: Server, up: Upstream) -> None:
+    up.fault = lambda received: Fault(status=429, delay=1.4)
+    comment, event, end = streamed(server).split(b"\n\n")
+    assert (comment, end) == (b": keep-alive", b"")
+    assert json.loads(event.removeprefix(b"data: "))["error"]["code"] == "upstream_rate_limited"
+
+
 @pytest.mark.parametrize(
     ("broken", "code"),
     [

@@ -47,6 +47,8 @@ BODY_LIMIT = 64 * 1024 * 1024
 """Bytes of one answer; more is not one."""
 EVENT_LIMIT = 8 * 1024 * 1024
 """Bytes of one event of a stream."""
+STREAM_LIMIT = 512 * 1024 * 1024
+"""Bytes of one stream, which is a hundred times its text, and more where each token comes with the likeliest others."""
 
 _ROUTES = {"chat": "/chat/completions", "completion": "/completions", "embed": "/embeddings"}
 _ALL = 1_000_000
@@ -206,6 +208,7 @@ class OpenAIUpstream:
         assert emit is not None
         assembly = Assembly()
         done = False
+        size = 0
         body = body_of(call, self._model, stream=True, n=terms.n)
         async with self._request(_ROUTES[call.kind], body) as response:
             if "event-stream" not in response.content_type:
@@ -232,6 +235,9 @@ class OpenAIUpstream:
             try:
                 async with aclosing(chunks):
                     async for chunk in chunks:
+                        size += len(chunk)
+                        if size > STREAM_LIMIT:
+                            raise _Unreadable(f"more than {STREAM_LIMIT >> 20} MiB")
                         done = await self._take(events.feed(chunk), assembly, emit, terms)
                         if done:
                             break

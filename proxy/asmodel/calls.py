@@ -65,7 +65,7 @@ class Message:
         body: dict[str, Any] = {"role": self.role, "content": self.content, **self.extra}
         if self.name is not None:
             body["name"] = self.name
-        if self.tool_calls:
+        if self.tool_calls and "tool_calls" not in self.extra:
             body["tool_calls"] = [
                 {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
                 for c in self.tool_calls

@@ -29,7 +29,8 @@ class Connection(HttpToolsProtocol):
     _patience: asyncio.TimerHandle | None = None
     _heading = 0
     """Bytes of what is being read of a request's head, counted by the packet."""
-    _in_head = True
+    _in_head = False
+    _in_body = False
     _late = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -41,19 +42,22 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            if self._patience is None:
-                self._await_head()
-            self._heading += len(data)
+        behind_a_body = self._in_body
         super().data_received(data)
-        # What has been parsed is of a head that is still open, so all of the packets since its beginning were.
-        if self._in_head and self._heading > HEADER_BYTES:
+        if not self._in_head or behind_a_body:
+            return
+        # The head is still open, so all that has come since its beginning was part of it.
+        self._heading += len(data)
+        if self._heading > HEADER_BYTES:
             self._refuse(431, "the request's headers are larger than this server takes")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
+        self._heading = 0
         self._late = 0
+        if self._patience is None:
+            self._await_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -63,7 +67,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._heading = 0
+        self._in_body = True
         self._stop_waiting()
         super().on_headers_complete()
 
@@ -75,13 +79,18 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._in_body = False
         super().on_message_complete()
-        self._in_head = True
-        self._heading = 0
 
     def send_400_response(self, msg: str) -> None:
         """In the envelope, as every error."""
         self._refuse(400, "what was sent is not a request of HTTP/1.1 that this server takes")
+
+    @property
+    def _answering(self) -> bool:
+        """Whether an answer to an earlier request is on its way, between whose bytes nothing can be said."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first request.
+        return cycle is not None and not cycle.response_complete
 
     def _await_head(self) -> None:
         self._patience = self.loop.call_later(HEADER_SECONDS, self._out_of_patience)
@@ -93,7 +102,9 @@ class Connection(HttpToolsProtocol):
 
     def _out_of_patience(self) -> None:
         self._patience = None
-        if self._heading:
+        if self._answering:
+            self._await_head()
+        elif self._in_head:
             self._refuse(408, "the request's headers have not come to their end in time")
         else:
             self.transport.close()
@@ -101,9 +112,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
             return
-        # While an answer to an earlier request is on its way, nothing can be said between its bytes.
-        cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first request.
-        if cycle is None or cycle.response_complete:
+        if not self._answering:
             error = {"message": message, "type": "invalid_request_error", "param": None, "code": _CODES[status]}
             body = orjson.dumps({"error": error})
             head = (

@@ -120,8 +120,10 @@ class Journal:
             async with _alone(store, key):
                 written = await journal._look(key)
                 if written is None:
+                    if await journal._lost(key):
+                        return journal
                     begun = {"now": journal.now.isoformat(), "request": request}
-                    await journal._write(key, begun, "the run is not begun")
+                    await journal._begin(key, begun, "the run is not begun")
                 elif written["request"] != request:
                     raise InvalidRequest(
                         "this Idempotency-Key was used for another request; use a new key for a new request",
@@ -157,8 +159,10 @@ class Journal:
                     return written["result"]
                 if not repeatable:
                     raise _unknown(tool, written)
+            elif not repeatable and await self._lost(key):
+                raise _unknown(tool, {"lost": True})
             begun: dict[str, Any] = {"state": "begun", "at": datetime.now(UTC).isoformat(timespec="seconds")}
-            await self._write(key, begun, not_called)
+            await self._begin(key, begun, not_called)
             try:
                 result = await act(key)
             except Exception as error:
@@ -204,6 +208,15 @@ class Journal:
             if await self._store.get(_SIGN_AT) is None:
                 raise JournalUnusable("the journal of effects cannot be read")
 
+    async def _begin(self, key: str, body: dict[str, Any], so: str) -> None:
+        """Write what is first at `key`, and then, elsewhere, that something is there; never the other way round."""
+        await self._write(key, body, so)
+        await self._write(_witness(key), {}, so)
+
+    async def _lost(self, key: str) -> bool:
+        """Whether something was written there that is there no more, or not whole: to a store that is a mere miss."""
+        return await self._store.get(_witness(key)) is not None
+
     async def _write(self, key: str, body: dict[str, Any], so: str) -> None:
         value = orjson.dumps({"v": _VERSION, **body})
         await self._store.set(key, value, tag=JOURNAL)
@@ -226,9 +239,16 @@ async def _alone(store: Cache, key: str) -> AsyncGenerator[None]:
             await lease.wait()
 
 
+def _witness(key: str) -> str:
+    return hashlib.sha256(f"witness {key}".encode()).hexdigest()
+
+
 def _unknown(tool: str, written: dict[str, Any]) -> EffectUnknown:
+    when = f"at {written.get('at')}"
     how = f"it ended with {written['raised']}" if written.get("raised") else "the run was interrupted"
+    if written.get("lost"):
+        when, how = "before", "what the journal held of it cannot be read any more"
     return EffectUnknown(
-        f'tool "{tool}" was begun at {written.get("at")} and it is not known whether it was done, because {how}; find '
+        f'tool "{tool}" was begun {when} and it is not known whether it was done, because {how}; find '
         "out, and ask again with a new Idempotency-Key (a tool that takes an `idempotency_key` is repeated by itself)"
     )

@@ -349,14 +349,18 @@ class PlayedByProgram:
             meter=self._meter,
         )
         answer: Answer = finished(run, await execute(run))
+        said = run.replied or Reply()
         reply = Reply(
             text=answer.text,
             finish=answer.finish,
             tool_calls=tuple(answer.tool_calls),
+            reasoning=said.reasoning,
+            refusal=said.refusal,
+            logprobs=said.logprobs,
             usage=Usage(),  # Its steps have been charged already.
             model=served.name,
             cost=0.0,
         )
         if terms.emit is not None and not run.streamed:
-            await replay(reply, terms.emit)
+            await replay(replace(reply, reasoning="") if run.thought else reply, terms.emit)
         return reply

@@ -248,7 +248,8 @@ def _parameters() -> Iterable[tuple[str, str, str, str]]:
             if name in wire.HINTS:
                 program = "a hint for the reply step"
             elif name in wire.NEEDS:
-                program = f"refused, unless it supports `{wire.NEEDS[name]}`"
+                need = wire.NEEDS[name]
+                program = f"refused, unless it supports `{need}`" if need else "refused"
                 if calm := [_json(v) for v in wire.HARMLESS[name] if v is not None]:
                     program += f" (but {', '.join(calm)})"
             else:

@@ -193,6 +193,8 @@ class Run(Generic[ParamsT]):
         self.replied: Reply | None = None
         self.streamed = False
         """Whether any of the answer has left for the client already."""
+        self.thought = False
+        """Whether any of its reasoning has."""
         self.limited = False
         """Whether a limit has ended the run, so that its best answer so far is what it returned."""
         self.hinted = False
@@ -295,7 +297,7 @@ class Run(Generic[ParamsT]):
             )
         self._remember(step)
         call = self._hint(self._call(step, args, kwargs))
-        if emit is not None and isinstance(call, Chat) and call.tools:
+        if emit is not None and step.options.get("tools"):
             emit = None  # Held: text before a tool call must not leave until it is known that none follows.
         asks = 1
         check = structured.reader(call.params.get("response_format")) if isinstance(call, Chat) else None
@@ -309,6 +311,8 @@ class Run(Generic[ParamsT]):
         assert self._emit is not None
         if delta.text or delta.tool_calls:
             self.streamed = True
+        if delta.reasoning:
+            self.thought = True
         await self._emit(delta)
 
     async def call(self, call: ToolCall) -> Message:

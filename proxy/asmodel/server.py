@@ -41,6 +41,7 @@ def serve(
     from asmodel.app import build, create_app
     from asmodel.preparing import prepared
 
+    _take_files()
     _check_address(settings)
     parts = build(settings)
     sock = _bound(settings)
@@ -121,6 +122,18 @@ def _check_address(settings: Settings) -> None:
         )
 
 
+def _take_files() -> None:
+    """As many open files as this process may have: a stream is two connections, and the usual limit is 1,024 files."""
+    try:
+        import resource
+    except ImportError:  # There is no such limit on Windows.
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _bound(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # The protocol is named, for asyncio leaves Nagle's algorithm on where it is not, and each answer then waits 40 ms.
@@ -164,6 +177,7 @@ def _config(app: Starlette | str, settings: Settings) -> uvicorn.Config:
         ws="none",
         log_config=None,
         access_log=False,
+        http="asmodel.connections:Connection",
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
@@ -213,6 +227,7 @@ def _supervise(settings: Settings, config: Path | None, sock: socket.socket, *, 
             reload_includes=["*.py", "*.toml"],
             log_config=None,
             access_log=False,
+            http="asmodel.connections:Connection",
             server_header=False,
             timeout_graceful_shutdown=1,
         )

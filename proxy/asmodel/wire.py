@@ -54,15 +54,16 @@ NEEDS: Mapping[str, str] = {
     "tools": "tools",
     "tool_choice": "tools",
     "parallel_tool_calls": "tools",
-    "functions": "tools",
-    "function_call": "tools",
+    "functions": "",
+    "function_call": "",
     "response_format": "response_format",
     "logprobs": "logprobs",
     "top_logprobs": "logprobs",
-    "modalities": "audio",
-    "audio": "audio",
+    "modalities": "",
+    "audio": "",
 }
-"""Parameters that change the shape of the answer, and what a program must support to be given them."""
+"""Parameters that change the shape of the answer, and what a program must support to be given them; nothing, where what
+they ask for could not be carried through a program: sound, and the calls of functions from before there were tools."""
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "tools": ([], None),
@@ -398,6 +399,13 @@ def refuse_unsupported(request: ChatRequest, program: Program[Any, Any]) -> None
         need = NEEDS.get(name)
         if need is None or need in program.supports or value in HARMLESS[name]:
             continue
+        if not need:
+            raise InvalidRequest(
+                f"`{name}` is not supported by programs, which answer with text and calls of `tools`; an upstream that "
+                "is passed through is given it",
+                param=name,
+                code="unsupported_parameter",
+            )
         raise InvalidRequest(
             f'`{name}` is not supported by the program "{program.name}", which answers with plain text{also}',
             param=name,

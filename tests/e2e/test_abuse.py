@@ -261,6 +261,23 @@ def test_many_requests_in_one_packet_are_each_answered(server: Server) -> None:
         assert closed(sock).count(b"HTTP/1.1 200 OK") == 301
 
 
+def test_a_connection_serves_one_request_after_another_and_line_ends_between_them_are_nothing(server: Server) -> None:
+    data = json.dumps(HELLO).encode()
+    whole = HEAD + b"content-length: %d\r\n\r\n" % len(data) + data
+    with connected(server) as sock:
+        for _ in range(3):
+            sock.sendall(whole + b"\r\n")
+            said = b""
+            while b'"ignored":[]}}' not in said:
+                part = sock.recv(1 << 20)
+                assert part
+                said += part
+            assert said.startswith(b"HTTP/1.1 200 ")
+        sock.sendall(whole * 5)
+        sock.sendall(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n")
+        assert closed(sock).count(b"HTTP/1.1 200 ") == 5
+
+
 def test_a_name_of_any_characters_is_not_found_and_not_believed(server: Server) -> None:
     for name in ("../../etc/passwd", "\r\nSet-Cookie: a=b", "<script>", "\u202e", "plain:" * 40):
         answer = server.chat({**HELLO, "model": name})
