@@ -2,15 +2,15 @@
 
     asked     the request, the program with its source's digest, and what it may spend; the first line
     path      one of the request's choices: where its draws are counted from
-    player    who plays a role, and what they can do
+    models    the upstreams, with what they can do, and what the settings say of who plays which role
     step      a call, its key, and its reply, or the error that it ended in
     tool      a tool's arguments and its result
     count     how many tokens an upstream said that a text has
     answer    what the choice came to
 
-One JSON object a line, `{"step": {...}}`, so a file that ends in the middle of a line is whole up to there: each line is
-written before the program is given what it tells of, and survives the process. Everything is redacted before that, and
-a call's key is that of the redacted call, by which a program that is asked the redacted question finds it again.
+One JSON object a line, `{"step": {...}}`, so a file that ends in the middle of a line is whole up to there: each line
+is written before the program is given what it tells of, and survives the process. Everything is redacted before that,
+and a call's key is that of the redacted call, by which a program that is asked the redacted question finds it again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
@@ -43,7 +44,6 @@ from asmodel.calls import (
     Document,
     Embed,
     Message,
-    NotJSON,
     Reply,
     Score,
     Source,
@@ -54,12 +54,13 @@ from asmodel.calls import (
     key,
 )
 from asmodel.errors import AsmodelError, ConfigurationError
-from asmodel.programs import Answer, Citation, Program
+from asmodel.programs import Answer, Citation
 from asmodel.protocols import Counting, Upstream
 from asmodel.run import Played, Request
 from asmodel.trace_content import Content, Kind, Redactor
 
 if TYPE_CHECKING:
+    from asmodel.models import Models, Told
     from asmodel.tools import Tool
 
 VERSION = 1
@@ -87,7 +88,12 @@ class Witness(Protocol):
     async def send(self, role: str, upstream: Upstream, call: Call, terms: Terms) -> Reply: ...
 
     async def tool(
-        self, run_id: str, program: str, tool: Tool[..., Any], arguments: dict[str, Any], act: Callable[[], Awaitable[T]]
+        self,
+        run_id: str,
+        program: str,
+        tool: Tool[..., Any],
+        arguments: dict[str, Any],
+        act: Callable[[], Awaitable[T]],
     ) -> T | Any:
         """The tool's result; `act` calls it."""
         ...
@@ -154,17 +160,13 @@ class RecordedTool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Player:
-    """Who played a role of a program."""
+class RecordedUpstream:
+    """An upstream that there was."""
 
-    name: str
     identity: str
     can: Capabilities
     counts: bool
     """Whether it can count tokens."""
-    plays: str | None = None
-    """The program that it is, where it is one."""
-    params: Mapping[str, JSON] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +181,10 @@ class Recording:
     tools: Sequence[RecordedTool]
     counts: Mapping[str, int]
     """By `count_key`."""
-    players: Mapping[tuple[str, str], Player]
-    """By program and role."""
+    upstreams: Mapping[str, RecordedUpstream]
+    """By name."""
+    told: Told
+    """What the settings said of models."""
     answers: Mapping[int, Answer]
     errors: Mapping[int, Mapping[str, Any]]
     cut: bool
@@ -189,7 +193,8 @@ class Recording:
     @property
     def whole(self) -> bool:
         """Whether the run came to its end while it was recorded."""
-        return not self.cut and self.paths.keys() == self.answers.keys() | self.errors.keys()
+        ended = {*self.answers, *self.errors}
+        return not self.cut and bool(ended) and ended == set(self.paths)
 
 
 def default_folder(environ: Mapping[str, str]) -> Path:
@@ -213,15 +218,19 @@ class Recordings:
         self._limit = limit
         self._hiding = None if redact is None else _Hiding(Content(redact=redact))
         self._active: dict[str, _Recorder] = {}
+        self._warned = False
 
-    async def keep(self, work: Awaitable[Answer], asking: Asking, *, choice: int = 0, path: str = "0") -> Answer:
-        """Await one choice of a run, and record it meanwhile."""
+    async def keep(
+        self, work: Awaitable[Answer], asking: Asking, models: Models, *, choice: int = 0, path: str = "0"
+    ) -> Answer:
+        """Await one choice of a run by these models, and record it meanwhile."""
         recorder = self._active.get(asking.run)
         if recorder is None:
-            recorder = self._active[asking.run] = _Recorder(self.folder / f"{asking.run}{SUFFIX}", self._limit)
+            file = self.folder / f"{asking.run}{SUFFIX}"
+            recorder = self._active[asking.run] = _Recorder(file, self._limit, self._warn)
         recorder.users += 1
         try:
-            await recorder.begin(_asked_line(self._hidden(asking)), self._prune)
+            await recorder.begin(_asked_line(self._hidden(asking)), self._told(models), models, self._prune)
             await recorder.write("path", {"choice": choice, "path": path})
             try:
                 answer = await work
@@ -239,8 +248,22 @@ class Recordings:
                 del self._active[asking.run]
                 recorder.close()
 
+    def _warn(self, error: OSError) -> None:
+        # Once, and not a line a run.
+        level = logging.DEBUG if self._warned else logging.WARNING
+        log.log(level, "runs cannot be recorded in %s (%s)", self.folder, error.strerror)
+        self._warned = True
+
     def _hidden(self, asking: Asking) -> Asking:
         return asking if self._hiding is None else self._hiding.asking(asking)
+
+    def _told(self, models: Models) -> Mapping[str, Any]:
+        told = models.told
+        if self._hiding is None:
+            return told
+        hide = partial(self._hiding.each, "input")
+        presets = {name: {**preset, "params": hide(preset["params"])} for name, preset in told["presets"].items()}
+        return {**told, "program_params": hide(told["program_params"]), "presets": presets}
 
     def _error(self, error: AsmodelError) -> dict[str, Any]:
         message = error.message if self._hiding is None else self._hiding.text("assistant", error.message)
@@ -283,7 +306,6 @@ class Recordings:
         recorder = self._active.get(terms.run_id)
         if recorder is None:
             return await upstream.send(call, terms)
-        await recorder.met(terms.program, role, upstream)
         if isinstance(upstream, Played):
             return await upstream.send(call, terms)  # Not recorded whole, as it is not stored whole: its steps are.
         line: dict[str, Any] = {"number": recorder.next(), "program": terms.program, "step": terms.step, "role": role}
@@ -301,10 +323,10 @@ class Recordings:
     async def _step(
         self, recorder: _Recorder, line: dict[str, Any], call: Call, reply: Reply | None, scope: str
     ) -> None:
-        if self._hiding is not None:
-            asked, call = call, self._hiding.call(call)
-            reply = None if reply is None else self._hiding.reply(asked, reply)
         try:
+            if self._hiding is not None:
+                asked, call = call, self._hiding.call(call)
+                reply = None if reply is None else self._hiding.reply(asked, reply)
             line |= {"key": key(call, scope), "call": describe(call)}
             if reply is not None:
                 line["reply"] = orjson.Fragment(reply.dump())
@@ -315,7 +337,12 @@ class Recordings:
         await recorder.write("step", line)
 
     async def tool(
-        self, run_id: str, program: str, tool: Tool[..., Any], arguments: dict[str, Any], act: Callable[[], Awaitable[T]]
+        self,
+        run_id: str,
+        program: str,
+        tool: Tool[..., Any],
+        arguments: dict[str, Any],
+        act: Callable[[], Awaitable[T]],
     ) -> T:
         recorder = self._active.get(run_id)
         if recorder is None:
@@ -323,11 +350,11 @@ class Recordings:
         line: dict[str, Any] = {"number": recorder.next(), "name": tool.name, "digest": tool.digest, "program": program}
         try:
             plain: JSON = tool.plain(arguments)
+            if self._hiding is not None:
+                plain = self._hiding.json("tool.arguments", plain)
+            line |= {"arguments": plain, "key": tool_key(tool.name, plain)}
         except ValueError:
             return await act()  # What has no JSON form cannot be found again.
-        if self._hiding is not None:
-            plain = self._hiding.json("tool.arguments", plain)
-        line |= {"arguments": plain, "key": tool_key(tool.name, plain)}
         try:
             result = await act()
         except Exception as error:
@@ -371,7 +398,7 @@ def _told(tool: Tool[..., Any], result: object) -> tuple[bool, Any]:
     """Whether a result can be had again out of JSON, and that JSON."""
     adapter = _adapter(tool)
     try:
-        told = orjson.loads(orjson.dumps(result) if adapter is None else adapter.dump_json(result))
+        told = orjson.loads(orjson.dumps(result) if adapter is None else adapter.dump_json(result, warnings=False))
         return (True, told) if result_of(tool, told) == result else (False, None)
     except (ValueError, TypeError):  # pydantic's and orjson's errors are of these.
         return False, None
@@ -385,36 +412,54 @@ def _adapter(tool: Tool[..., Any]) -> Any:
     try:
         returns = inspect.get_annotations(tool.function, eval_str=True).get("return")
         return None if returns is None or returns is Any else TypeAdapter(returns)
-    except (NameError, PydanticUserError):
+    except (NameError, AttributeError, TypeError, PydanticUserError):
         return None
 
 
 class _Recorder:
     """One file that grows by lines. Lines come from several threads."""
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: int, warn: Callable[[OSError], None]) -> None:
         self.users = 0
         self._path = path
+        self._warn = warn
         self._limit = limit
         self._file: int | None = None
         self._size = 0
-        self._given_up = False
+        self._given_up = self._closed = False
         self._begun: asyncio.Task[None] | None = None
         self._lock = threading.Lock()
-        self._number = 0
-        self._met: set[tuple[str, str]] = set()
+        # Further choices of the request, in a recorder of their own, come after these.
+        self._number = time.time_ns()
 
     def next(self) -> int:
         self._number += 1
         return self._number
 
-    async def begin(self, line: Mapping[str, Any], prune: Callable[[], None]) -> None:
+    async def begin(
+        self, line: Mapping[str, Any], told: Mapping[str, Any], models: Models, prune: Callable[[], None]
+    ) -> None:
         """Open the file, once, whoever comes first. Further choices of a request add to it."""
         if self._begun is None:
-            self._begun = asyncio.create_task(asyncio.to_thread(self._open, line, prune))
+            self._begun = asyncio.create_task(self._begin(line, told, models, prune))
         await asyncio.shield(self._begun)
 
-    def _open(self, line: Mapping[str, Any], prune: Callable[[], None]) -> None:
+    async def _begin(
+        self, line: Mapping[str, Any], told: Mapping[str, Any], models: Models, prune: Callable[[], None]
+    ) -> None:
+        upstreams: dict[str, Any] = {}
+        for name, upstream in models.upstreams.items():
+            try:
+                can = await upstream.capabilities()
+            except Exception as error:  # Of a plug-in, which may be anybody's; the run may never ask it anything.
+                log.info("what %s can do is not recorded: %s", name, type(error).__name__)
+                can = Capabilities()
+            counts = isinstance(upstream, Counting)
+            upstreams[name] = {"identity": upstream.identity, "can": asdict(can), "counts": counts}
+        about = {"upstreams": upstreams, "told": told}
+        await asyncio.to_thread(self._open, line, about, prune)
+
+    def _open(self, line: Mapping[str, Any], about: Mapping[str, Any], prune: Callable[[], None]) -> None:
         folder = self._path.parent
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -425,6 +470,8 @@ class _Recorder:
             # Not through a link: whoever could lay one in the folder could have it point anywhere.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
             with self._lock:
+                if self._closed:
+                    return
                 self._file = os.open(self._path, flags, 0o600)
                 self._size = os.fstat(self._file).st_size
         except OSError as error:
@@ -432,22 +479,7 @@ class _Recorder:
             return
         if not self._size:
             self._write("asked", line)
-
-    async def met(self, program: str, role: str, upstream: Upstream) -> None:
-        """Note who plays a role, the first time."""
-        if (program, role) in self._met:
-            return
-        self._met.add((program, role))
-        try:
-            can = await upstream.capabilities()
-        except AsmodelError:
-            can = Capabilities()
-        line: dict[str, Any] = {"program": program, "role": role, "name": _name(upstream)}
-        line |= {"identity": upstream.identity, "can": asdict(can), "counts": isinstance(upstream, Counting)}
-        served = getattr(upstream, "served", None)
-        if served is not None:
-            line |= {"plays": served.program.name, "params": dict(served.params)}
-        await self.write("player", line)
+            self._write("models", about)
 
     async def write(self, kind: str, line: Mapping[str, Any]) -> None:
         await asyncio.to_thread(self._write, kind, line)
@@ -474,16 +506,16 @@ class _Recorder:
 
     def _give_up(self, error: OSError) -> None:
         self._given_up = True
-        log.warning("%s cannot be written (%s); the run is not recorded any further", self._path, error.strerror)
+        self._warn(error)
 
     def close(self) -> None:
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
-            self._file = None
+            self._file, self._closed = None, True
 
 
-# --- redacting ---------------------------------------------------------------------------------------------------------
+# --- redacting ------------------------------------------------------------------------------------------------------
 
 
 class _Hiding:
@@ -511,7 +543,10 @@ class _Hiding:
 
     def json(self, kind: Kind, value: JSON) -> Any:
         """A value that a redactor is shown as JSON. Where it makes no JSON of it, it is a text from then on."""
-        text = self.text(kind, orjson.dumps(value).decode())
+        try:
+            text = self.text(kind, orjson.dumps(value).decode())
+        except TypeError:
+            return self.each(kind, value)  # Of integers that are longer than orjson's.
         try:
             return orjson.loads(text)
         except orjson.JSONDecodeError:
@@ -607,7 +642,7 @@ _KINDS: Mapping[str, Kind] = {
 }
 
 
-# --- lines -------------------------------------------------------------------------------------------------------------
+# --- lines ----------------------------------------------------------------------------------------------------------
 
 
 def _asked_line(asking: Asking) -> dict[str, Any]:
@@ -684,7 +719,7 @@ def read(file: Path) -> Recording:
                 kinds.setdefault(kind, []).append(body)
         asked = kinds["asked"][0]
         if asked["v"] != VERSION:
-            raise Unrecorded(f"{file} is a recording of version {asked['v']}, and this is version {VERSION}; record anew")
+            raise Unrecorded(f"{file} is a recording of version {asked['v']}, and not of {VERSION}; record anew")
         answers = kinds.get("answer", [])
         return Recording(
             file=file,
@@ -693,7 +728,8 @@ def read(file: Path) -> Recording:
             steps=sorted(map(_step, kinds.get("step", [])), key=lambda step: step.number),
             tools=[_tool(line) for line in sorted(kinds.get("tool", []), key=lambda line: line["number"])],
             counts={line["key"]: line["tokens"] for line in kinds.get("count", [])},
-            players={(line["program"], line["role"]): _player(line) for line in kinds.get("player", [])},
+            upstreams={name: _upstream(line) for name, line in kinds["models"][0]["upstreams"].items()},
+            told=kinds["models"][0]["told"],
             answers={line["choice"]: _answer(line) for line in answers if "error" not in line},
             errors={line["choice"]: line["error"] for line in answers if "error" in line},
             cut="cut" in kinds,
@@ -787,15 +823,8 @@ def _tool(line: Line) -> RecordedTool:
     )
 
 
-def _player(line: Line) -> Player:
-    return Player(
-        name=line["name"],
-        identity=line["identity"],
-        can=Capabilities(**line["can"]),
-        counts=line["counts"],
-        plays=line.get("plays"),
-        params=line.get("params", {}),
-    )
+def _upstream(line: Line) -> RecordedUpstream:
+    return RecordedUpstream(identity=line["identity"], can=Capabilities(**line["can"]), counts=line["counts"])
 
 
 def _answer(line: Line) -> Answer:

@@ -1,4 +1,4 @@
-"""`kill -9` at every step of a program and at any moment of a load: what was bought is kept, and nothing is done twice."""
+"""`kill -9` at every step of a program, and at any moment of a load: what was bought is kept, nothing done twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def link(received: Received) -> int:
 
 @pytest.fixture
 def up() -> Iterator[Upstream]:
-    with Upstream() as server:
+    server = Upstream()
+    with server:
         yield server
 
 
