@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 log = logging.getLogger("asmodel.cache")
 
-FORMAT = 1
+FORMAT = 2
 """What our rows look like: SQLite's `user_version`. Raise it when they change."""
 
 APPLICATION = 0x61736D31
@@ -169,8 +169,13 @@ class Troubles:
     """Stores that this process set aside."""
 
 
+def _checksum(key: str, value: bytes) -> bytes:
+    """CRC-32 of both, so that a value is found under no other key than the one that it was stored under."""
+    return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(4, "little")
+
+
 class BytesDisk(_Disk):
-    """How a value lies in a row: its bytes, then their CRC-32 in four bytes. Keys are text. No files, no pickles."""
+    """How a value lies in a row: its bytes, then `_checksum` in four bytes. Keys are text. No files, no pickles."""
 
     def put(self, key: object) -> tuple[str, bool]:
         if type(key) is not str:
@@ -185,7 +190,9 @@ class BytesDisk(_Disk):
     def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, bytes]:
         if read or type(value) is not bytes:
             raise TypeError(f"a cached value is bytes, not {type(value).__name__}")
-        return len(value), MODE_RAW, None, value + zlib.crc32(value).to_bytes(4, "little")
+        if type(key) is not str:
+            raise TypeError(f"a cache key is a str, not {type(key).__name__}")
+        return len(value), MODE_RAW, None, value + _checksum(key, value)
 
     def fetch(self, mode: object, filename: object, value: object, read: bool) -> bytes:
         if mode != MODE_RAW:
@@ -194,10 +201,7 @@ class BytesDisk(_Disk):
             raise Unreadable("a value that names a file")
         if type(value) is not bytes:
             raise Unreadable("a value that is not bytes")
-        data = value[:-4]
-        if zlib.crc32(data) != int.from_bytes(value[-4:], "little") or len(value) < 4:
-            raise Unreadable("a value that does not match its checksum")
-        return data
+        return value  # with its checksum, which is of the key too: `_Store._read` looks at that
 
     def filename(self, key: object = None, value: object = None) -> tuple[str, str]:
         raise TypeError("values are kept in rows, not in files")
@@ -340,7 +344,13 @@ class _Store(_Cache):
         with held.lock:
             if self._is_retired:
                 raise _Retired
-            return self.get(key)
+            value = self.get(key)
+        if value is None:
+            return None
+        data = value[:-4]
+        if value[-4:] != _checksum(key, data):
+            raise Unreadable("a value that does not match its checksum")
+        return data
 
     def rows(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         held = self._held()

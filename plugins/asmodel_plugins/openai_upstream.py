@@ -470,6 +470,7 @@ class OpenAIUpstream:
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
                 if not (left and sending.reused):
                     raise self._unreached(error) from error
+                tracing.record_resent()
             except (aiohttp.ClientError, OSError) as error:
                 raise self._unreached(error) from error
         raise AssertionError("the last round returns or raises")

@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from asmodel import __version__, tracing
+from asmodel import __version__, trace_content, tracing
 from asmodel.access import Access
 from asmodel.chat import ChatCompletions
 from asmodel.errors import AsmodelError, ConfigurationError, InvalidRequest
@@ -32,6 +32,7 @@ from asmodel.models import Models, Preset, ServedProgram
 from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
 from asmodel.protocols import Cache, Lasting, Openable, Upstream
+from asmodel.recording import Recordings, default_folder
 from asmodel.routes import ModelList, Probe, alive, not_there, readiness
 from asmodel.service import Service
 from asmodel.settings import CacheSettings, Settings, UpstreamSettings
@@ -191,6 +192,14 @@ async def open_cache(settings: Settings) -> AsyncGenerator[Cache]:
             await life.close()
 
 
+def _recordings(settings: Settings, redact: Redactor | None) -> Recordings | None:
+    """Who records runs: as the settings say, or where the content of traces is captured; None where nobody does."""
+    said = settings.recording
+    if not (trace_content.read(os.environ) is not None if said.on is None else said.on):
+        return None
+    return Recordings(said.path or default_folder(os.environ), runs=said.runs, limit=said.bytes, redact=redact)
+
+
 def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
     """Make everything that the settings name. Raises ConfigurationError; opens nothing.
 
@@ -207,6 +216,8 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
         metrics.watch(settings.cache.kind, lambda: asdict(troubles))
     if isinstance(made, Lasting) and any(program.effects for program in programs):
         journals = made.lasting()
+    redact = None if settings.traces.redact is None else find("redactors", settings.traces.redact)
+    recordings = _recordings(settings, redact)
     models = Models(
         programs,
         onion(providers, upstreams, store, metrics),
@@ -219,6 +230,7 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
         program_params={name: p.params for name, p in settings.programs.items()},
         store=store,
         meter=metrics,
+        witness=recordings,
     )
     for model in models.all():
         # What the settings say of parameters is wrong from the start, not at the first request.
@@ -237,11 +249,11 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
         cache_programs=settings.cache.programs,
         cache_upstreams=settings.cache.upstreams,
         meter=metrics,
+        recordings=recordings,
     )
     access = Access(
         {name: key.get_secret_value() for name, key in settings.keys.items()}, tracers=settings.traces.force
     )
-    redact = None if settings.traces.redact is None else find("redactors", settings.traces.redact)
     return Parts(
         redact=redact,
         settings=settings,

@@ -114,6 +114,8 @@ async def _ask(parts: Parts, name: str, asked: Asked, *, as_json: bool) -> int:
         for citation in outcome.answer.citations:
             click.echo(f"\n[{citation.id}] {citation.text}")
         click.echo(f"\n{_line(job)}", err=True)
+        if parts.service.recordings is not None:
+            click.echo(f"recorded: asmodel replay {job.id}", err=True)
         return 0
     finally:
         await parts.close()

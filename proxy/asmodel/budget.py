@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -53,6 +53,9 @@ class Budget:
     """What the hits would have cost."""
     upstream_seconds: float = 0.0
     """How long at least one upstream was being waited for; the rest of the run's time was ours."""
+    late: Callable[[Usage, float | None], None] | None = None
+    """Told of what is bought once the request's books are closed: by a call that went on for others who had joined it,
+    or by a run that went on after its client had left."""
     _asking: int = 0
     _since: float = 0.0
 
@@ -102,3 +105,5 @@ class Budget:
     def charge(self, usage: Usage, cost: float | None) -> None:
         self.usage += usage
         self.cost = None if cost is None or self.cost is None else self.cost + cost
+        if self.late is not None:
+            self.late(usage, cost)

@@ -204,7 +204,7 @@ class ChatCompletions:
         outcomes = answering.outcomes()
         if answering.verbatim:
             await exchange.send(200, b"".join(e for e in answering.events if isinstance(e, bytes)))
-            return "200"
+            return "ok"
         job = answering.job
         choices = [wire.choice(i, o.answer, o.reply) for i, o in enumerate(outcomes)]
         body = wire.completion(
@@ -454,7 +454,7 @@ class _Stream:
         await self._flush(last=True)
         if self._answering.verbatim:
             await self._exchange.write(wire.DONE, last=True)
-            return "200"
+            return "ok"
         ends = [self._roles()]
         everything = receipt(self._exchange, self._job, outcomes)
         for i, outcome in enumerate(outcomes):

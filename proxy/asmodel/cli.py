@@ -115,6 +115,7 @@ def serve(
 @click.option("--upstream", metavar="NAME", help="Who plays every role; [roles] of the settings unless given.")
 @click.option("--plan", is_flag=True, help="Say what is in the cache and what would be bought; buy nothing.")
 @click.option("--key", metavar="KEY", help="Idempotency key, for programs with effects; the same to go on with a run.")
+@click.option("--record", is_flag=True, help="Keep what it is asked and answered, for `asmodel replay`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer, its citations and the receipt as JSON.")
 def run(
     program: str,
@@ -127,6 +128,7 @@ def run(
     plan: bool,
     key: str | None,
     as_json: bool,
+    record: bool,
 ) -> None:
     """Ask PROGRAM a QUESTION, without a server. Shares the cache and the traces with one.
 
@@ -137,7 +139,7 @@ def run(
     """
     from asmodel.asking import ask
 
-    settings = _settings(config, folders)
+    settings = _settings(config, folders, recording={"on": True} if record else None)
     given = _params(params, params_file)
     code = ask(settings, program, question, given, upstream=upstream, as_json=as_json, identity=key, plan=plan)
     sys.exit(code)
@@ -501,6 +503,64 @@ def explain(id: str, config: Path | None, folders: tuple[Path, ...], everything:
     hits = sum(one.outcome == "hit" for one in found)
     bought = sum(one.outcome in ("miss", "bypass") for one in found)
     click.echo(f"\n{len(found)} steps: {hits} found, {bought} bought")
+
+
+@main.command(short_help="Run a recorded run again, with one thing changed.")
+@click.argument("id")
+@_config
+@click.option("--step", metavar="NAME", help="The step that shows something else; with --prompt-file.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What it shows instead; {shown} in it is what it showed.",
+)
+@click.option("--upstream", metavar="NAME", help="Who plays every role instead.")
+@click.option("--all", "everything", is_flag=True, help="Do not fold steps that are alike.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def replay(
+    id: str,
+    config: Path | None,
+    folders: tuple[Path, ...],
+    step: str | None,
+    prompt_file: Path | None,
+    upstream: str | None,
+    everything: bool,
+    as_json: bool,
+) -> None:
+    """Run the recorded run again whose id begins with ID; `last` is the last one, and a .jsonl file is itself.
+
+    What the change does not touch is taken from the recording, and not bought again. Without a change, nothing is
+    bought, and the answer should be the same.
+
+    \b
+    asmodel run plain "Why is the sky blue?" --record
+    asmodel replay last
+    asmodel replay last --step answer --prompt-file shorter.txt
+    asmodel replay run_1a2b --upstream fast
+
+    Exit code 1 where it fails, or nothing was changed and the answer differs.
+    """
+    from asmodel import replaying
+
+    if (step is None) != (prompt_file is None):
+        raise click.UsageError("--step and --prompt-file belong together: which step, and what it shows instead")
+    text = None
+    if prompt_file is not None:
+        try:
+            text = prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"--prompt-file {prompt_file}: {error}") from None
+    try:
+        done = replaying.command(_settings(config, folders), id, step=step, prompt=text, upstream=upstream)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if as_json:
+        click.echo(json.dumps(replaying.replay_json(done), indent=2, ensure_ascii=False))
+    else:
+        replaying.draw_replay(done, everything=everything)
+    if not done.replay.well:
+        sys.exit(1)
 
 
 @main.command(short_help="Write a program that works, and its test.")

@@ -9,6 +9,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asmodel import request_log, tracing, wire
 from asmodel.access import Caller
+from asmodel.calls import Usage
 from asmodel.errors import AsmodelError, PayloadTooLarge
 from asmodel.models import ServedProgram
 from asmodel.request_log import RequestLine
@@ -176,31 +178,56 @@ class Exchange:
         """One line of the log; `outcome` is `ok`, the code of an error, `left` or `cut off`."""
         job = self.job
         budget = job.budget if job is not None else None
-        request_log.write(
-            RequestLine(
-                method=self.method,
-                path=self.path,
-                status=self.status or None,
-                outcome=outcome,
-                seconds=time.monotonic() - self.started,
-                request_id=self.id,
-                trace_id=self.trace_id,
-                run_id=job.id if job is not None else "",
-                model=job.model.name if job is not None else "",
-                program=job.model.program.name if job is not None and isinstance(job.model, ServedProgram) else "",
-                caller=self.caller.name,
-                streamed=self.streamed,
-                steps=budget.steps if budget is not None else None,
-                hits=budget.hits if budget is not None else None,
-                joined=budget.joined if budget is not None else None,
-                calls=budget.calls if budget is not None else None,
-                input_tokens=budget.usage.prompt_tokens if budget is not None else None,
-                output_tokens=budget.usage.completion_tokens if budget is not None else None,
-                estimated=budget is not None and budget.usage.estimated,
-                cost=budget.cost if budget is not None else None,
-                overhead_seconds=self.overhead_ms / 1000,
-            )
+        line = RequestLine(
+            method=self.method,
+            path=self.path,
+            status=self.status or None,
+            outcome=outcome,
+            seconds=time.monotonic() - self.started,
+            request_id=self.id,
+            trace_id=self.trace_id,
+            run_id=job.id if job is not None else "",
+            model=job.model.name if job is not None else "",
+            program=job.model.program.name if job is not None and isinstance(job.model, ServedProgram) else "",
+            caller=self.caller.name,
+            streamed=self.streamed,
+            steps=budget.steps if budget is not None else None,
+            hits=budget.hits if budget is not None else None,
+            joined=budget.joined if budget is not None else None,
+            calls=budget.calls if budget is not None else None,
+            input_tokens=budget.usage.prompt_tokens if budget is not None else None,
+            output_tokens=budget.usage.completion_tokens if budget is not None else None,
+            estimated=budget is not None and budget.usage.estimated,
+            cost=budget.cost if budget is not None else None,
+            overhead_seconds=self.overhead_ms / 1000,
         )
+        request_log.write(line)
+        if budget is not None:
+            calls = budget.calls
+
+            def late(usage: Usage, cost: float | None) -> None:
+                nonlocal calls
+                more, calls = budget.calls - calls, budget.calls
+                request_log.write(
+                    replace(
+                        line,
+                        late=True,
+                        outcome="bought later",
+                        status=None,
+                        seconds=time.monotonic() - self.started,
+                        steps=None,
+                        hits=None,
+                        joined=None,
+                        calls=more,
+                        input_tokens=usage.prompt_tokens,
+                        output_tokens=usage.completion_tokens,
+                        estimated=usage.estimated,
+                        cost=cost,
+                        overhead_seconds=None,
+                    )
+                )
+
+            budget.late = late
 
 
 def retry_headers(error: AsmodelError) -> dict[str, str]:

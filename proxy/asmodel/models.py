@@ -11,8 +11,8 @@ import copy
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from asmodel.calls import JSON, Call, Capabilities, Chat, Reply, Terms, Usage, key
 from asmodel.effects import check_player
@@ -23,6 +23,9 @@ from asmodel.programs import Answer, Program
 from asmodel.protocols import Cache, Upstream
 from asmodel.run import Request, Run, execute, finished, require
 from asmodel.upstreams import replay
+
+if TYPE_CHECKING:
+    from asmodel.recording import Witness
 
 Roles: TypeAlias = Mapping[str, str]
 
@@ -64,6 +67,15 @@ class Preset:
     description: str = ""
 
 
+class Told(TypedDict):
+    """What the settings say of models."""
+
+    roles: Roles
+    program_roles: Mapping[str, Roles]
+    program_params: Mapping[str, Mapping[str, JSON]]
+    presets: Mapping[str, Mapping[str, Any]]
+
+
 class Models:
     """Every name that is served, checked at start: two things with one name raise ConfigurationError."""
 
@@ -78,7 +90,10 @@ class Models:
         program_params: Mapping[str, Mapping[str, JSON]] | None = None,
         store: Cache | None = None,
         meter: Meter = UNMEASURED,
+        witness: Witness | None = None,
     ) -> None:
+        self.witness = witness
+        """Who sees what runs are asked and answered, where runs are recorded, or replayed."""
         self.programs: dict[str, Program[Any, Any]] = {}
         self.upstreams = dict(upstreams)
         self.presets = dict(presets or {})
@@ -184,6 +199,16 @@ class Models:
         twin.upstreams = {name: Planned(upstream, plan) for name, upstream in self.upstreams.items()}
         twin._plan = plan
         return twin
+
+    @property
+    def told(self) -> Told:
+        """What it was made with, besides programs and upstreams: JSON, by which a recorded run is found a cast."""
+        return Told(
+            roles=self._roles,
+            program_roles=self._program_roles,
+            program_params=self._program_params,
+            presets={name: asdict(preset) for name, preset in self.presets.items()},
+        )
 
     def all(self) -> list[Model]:
         """Programs, presets and upstreams; compositions are too many to list."""
@@ -347,6 +372,7 @@ class PlayedByProgram:
             now=terms.now,
             plan=self._plan,
             meter=self._meter,
+            witness=self._models.witness,
         )
         answer: Answer = finished(run, await execute(run))
         said = run.replied or Reply()

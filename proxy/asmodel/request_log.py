@@ -58,6 +58,8 @@ class RequestLine:
     """Whether some of the tokens are our own count."""
     cost: float | None = None
     """US dollars; None where a price is unknown, never 0."""
+    late: bool = False
+    """Whether it is no request of its own, but what was bought for one whose line had been written already."""
     overhead_seconds: float | None = None
     """How much of the time was not spent waiting for an upstream."""
 
@@ -69,7 +71,7 @@ class RequestLine:
             if value is not None and value is not False and value != "":
                 body[name] = round(value, 6) if isinstance(value, float) else value
         body["status"] = self.status
-        if self.calls and self.cost is None:
+        if (self.calls or self.late) and self.cost is None:
             body["cost"] = None
         return body
 
@@ -86,7 +88,8 @@ class RequestLine:
         if self.calls is not None:
             about = "~" if self.estimated else ""
             tokens = f"{about}{self.input_tokens or 0}+{self.output_tokens or 0}"
-            cost = "" if not self.calls else " cost=?" if self.cost is None else f" cost=${self.cost:.6f}"
+            cost = " cost=?" if self.cost is None else f" cost=${self.cost:.6f}"
+            cost = cost if self.calls or self.late else ""
             said.append(f"calls={self.calls} tokens={tokens}{cost}")
         for name, value in (("caller", self.caller), ("trace", self.trace_id), ("id", self.request_id)):
             if value:
@@ -129,7 +132,7 @@ class JsonFormatter(logging.Formatter):
         }
         line = getattr(record, _FIELDS, None)
         if isinstance(line, RequestLine):
-            body |= {"message": "request", **line.fields()}
+            body |= {"message": "bought later" if line.late else "request", **line.fields()}
         else:
             body["message"] = record.getMessage()
             ids = trace.get_current_span().get_span_context()

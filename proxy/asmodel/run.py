@@ -73,6 +73,7 @@ from asmodel.upstreams import Cached, name_of
 
 if TYPE_CHECKING:
     from asmodel.planning import Plan
+    from asmodel.recording import Witness
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -175,6 +176,7 @@ class Run(Generic[ParamsT]):
         now: datetime | None = None,
         plan: Plan | None = None,
         meter: Meter = UNMEASURED,
+        witness: Witness | None = None,
     ) -> None:
         self.id = id
         self.meter = meter
@@ -209,6 +211,7 @@ class Run(Generic[ParamsT]):
         self._emit = emit
         self._journal = journal
         self._plan = plan
+        self._witness = witness
         self._draws: Counter[bytes] = Counter()
         self._tools: dict[str, Tool[..., Any]] = {}
         self._best: str | Answer | None = None
@@ -377,7 +380,9 @@ class Run(Generic[ParamsT]):
             text = "".join(str(value) for name, value in describe(call).items() if name not in ("kind", "identity"))
         context = (await upstream.capabilities()).context
         if isinstance(upstream, Counting):
-            return Size(await upstream.count(text), context, estimated=False)
+            if self._witness is None:
+                return Size(await upstream.count(text), context, estimated=False)
+            return Size(await self._witness.count(self.id, upstream, call.identity, text), context, estimated=False)
         return Size(len(text) // 4 + 1, context, estimated=True)
 
     # How it happens
@@ -389,7 +394,8 @@ class Run(Generic[ParamsT]):
 
     def _call(self, step: Step[..., Any, Any], args: Any, kwargs: Any) -> Call:
         try:
-            return step.call(step.show(*args, **kwargs), self._cast.play(step.role).identity)
+            call = step.call(step.show(*args, **kwargs), self._cast.play(step.role).identity)
+            return call if self._witness is None else self._witness.showing(self.program.name, step.name, call)
         except ProgramError as error:
             raise ProgramError(f'program "{self.program.name}": {error}') from error
         except AsmodelError:
@@ -474,7 +480,10 @@ class Run(Generic[ParamsT]):
             self.meter.step(self.program.name, step.name) as timing,
         ):
             for ask in range(1, asks + 1):
-                reply = await upstream.send(call, terms)
+                if self._witness is None:
+                    reply = await upstream.send(call, terms)
+                else:
+                    reply = await self._witness.send(step.role, upstream, call, terms)
                 try:
                     value = step.read(reply)
                 except ValueError as error:
@@ -552,12 +561,18 @@ class Run(Generic[ParamsT]):
             now=self.now,
             plan=self._plan,
             meter=self.meter,
+            witness=self._witness,
         )
         return inner, await execute(inner)
 
     async def _use(self, tool: Tool[..., Any], arguments: dict[str, Any], *, call_id: str | None) -> Any:
         with tracing.tool_span(tool.name, call_id=call_id, arguments=arguments) as span:
-            result = await self._used(tool, arguments)
+            if self._witness is None:
+                result = await self._used(tool, arguments)
+            else:
+                result = await self._witness.tool(
+                    self.id, self.program.name, tool, arguments, lambda: self._used(tool, arguments)
+                )
             tracing.record_tool(span, result)
             return result
 

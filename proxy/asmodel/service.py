@@ -8,11 +8,12 @@ import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from opentelemetry import trace
 
 from asmodel import effects, structured, tracing
 from asmodel.budget import Budget, Limits
@@ -26,6 +27,7 @@ from asmodel.planning import Plan, foresee
 from asmodel.programs import Answer, Program
 from asmodel.progress import Progress
 from asmodel.protocols import Cache
+from asmodel.recording import Asking, Recordings
 from asmodel.run import Request, Run, execute, finished, require
 
 LOADING = 60.0
@@ -108,7 +110,9 @@ class Service:
         cache_programs: bool = True,
         cache_upstreams: bool = False,
         meter: Meter = UNMEASURED,
+        recordings: Recordings | None = None,
     ) -> None:
+        self.recordings = recordings
         self.models = models
         self.meter = meter
         self.store = store
@@ -297,8 +301,25 @@ class Service:
                 emit=emit,
                 journal=journal,
                 meter=self.meter,
+                witness=self.models.witness,
             )
-            answer = finished(run, await execute(run))
+            work = _ended(run)
+            if self.recordings is not None:
+                asking = Asking(
+                    run=job.id,
+                    program=model.program.name,
+                    digest=model.program.digest,
+                    model=model.name,
+                    request=run.request,
+                    params={**model.params, **asked.params},
+                    roles=asked.roles,
+                    limits=job.budget.limits,
+                    cache=cache,
+                    scope=asked.scope,
+                    now=run.now,
+                )
+                work = self.recordings.keep(work, asking, self.models, choice=choice, path=path)
+            answer = await work
             _check(model.program, answer, run.replied, asked)
             return Outcome(answer=answer, reply=run.replied, hinted=run.hinted)
         params = {**asked.hints, **asked.shape}
@@ -326,8 +347,15 @@ class Service:
             progress=job.progress,
         )
         try:
-            with self.meter.step("", model.name) as timing:
+            # Where a cache is asked, this is a step: who has paid for a hit is told by its span, for there is no call.
+            step = (
+                nullcontext(trace.INVALID_SPAN)
+                if cache.mode == "off"
+                else tracing.step_span(model.name, program="", kind=call.kind, draw=call.draw)
+            )
+            with step as span, self.meter.step("", model.name) as timing:
                 reply = await model.upstream.send(call, terms)
+                tracing.record_step(span, reply, asks=1, cache=cache.mode, call=call)
                 timing.replied(reply, cache=cache.mode)
         except LimitExceeded as error:
             self.meter.refused(error.param or "")
@@ -339,6 +367,10 @@ class Service:
             job.budget.joined += 1
         answer = Answer(text=reply.text, finish=reply.finish, tool_calls=reply.tool_calls)
         return Outcome(answer=answer, reply=reply)
+
+
+async def _ended(run: Run[Any]) -> Answer:
+    return finished(run, await execute(run))
 
 
 def _check(program: Program[Any, Any], answer: Answer, reply: Reply | None, asked: Asked) -> None:

@@ -282,6 +282,27 @@ class TraceSettings(_Table):
     )
 
 
+class RecordingSettings(_Table):
+    """What runs were asked and answered, kept on this machine so that they can be replayed."""
+
+    on: bool | None = Field(
+        default=None,
+        description="Whether every run of a program is recorded, for `asmodel replay`.",
+        json_schema_extra={"default_words": "`true` where the content of traces is captured, else `false`"},
+    )
+    path: Folder | None = Field(
+        default=None,
+        description="The folder that they are kept in, a file each.",
+        json_schema_extra={"default_words": "`asmodel/recordings` in `$XDG_STATE_HOME`, or in `~/.local/state`"},
+    )
+    runs: Whole = Field(default=1000, ge=1, description="How many are kept; the oldest go first.")
+    bytes: Whole = Field(
+        default=268_435_456,
+        ge=100_000,
+        description="Bytes that they may take together; the oldest go first, and a single one ends there.",
+    )
+
+
 class LogSettings(_Table):
     """How the log looks."""
 
@@ -326,6 +347,10 @@ class Settings(BaseSettings):
     cache: CacheSettings = Field(default=CacheSettings(), description="Where the answers of steps are kept.")
     limits: LimitsSettings = Field(default=LimitsSettings(), description="Bounds of every run and of every request.")
     traces: TraceSettings = Field(default=TraceSettings(), description="The traces that are kept on this machine.")
+    recording: RecordingSettings = Field(
+        default=RecordingSettings(),
+        description="What runs were asked and answered, kept so that they can be replayed.",
+    )
     log: LogSettings = Field(default=LogSettings(), description="How the log looks.")
     metrics: MetricsSettings = Field(default=MetricsSettings(), description="Who may read `/metrics`.")
     idempotency: IdempotencySettings = Field(
@@ -441,6 +466,10 @@ def _add_places(values: dict[str, Any], environ: Mapping[str, str]) -> None:
     if isinstance(traces, dict):
         path = base("XDG_STATE_HOME", "~/.local/state") / "asmodel" / "traces.sqlite"
         values["traces"] = {"path": path, **cast("dict[str, Any]", traces)}
+    recording = values.setdefault("recording", {})
+    if isinstance(recording, dict):
+        path = base("XDG_STATE_HOME", "~/.local/state") / "asmodel" / "recordings"
+        values["recording"] = {"path": path, **cast("dict[str, Any]", recording)}
 
 
 @dataclass(frozen=True, slots=True)

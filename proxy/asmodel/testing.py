@@ -41,6 +41,7 @@ from asmodel.calls import (
 )
 from asmodel.conformance import check_cache as check_cache
 from asmodel.dialect import estimated_usage
+from asmodel.replaying import replayed as replayed
 
 if TYPE_CHECKING:
     import uvicorn

@@ -274,7 +274,8 @@ class _Writer:
             unit.run = unit.root
             root = self._live.get(unit.root)
             if root is not None:
-                model = attributes.get(names.REQUEST_MODEL)
+                # Of a step outside of any program, the name is the upstream's.
+                model = attributes.get(names.REQUEST_MODEL) or attributes.get(names.STEP_NAME)
                 self._begin(root, program=None, model=str(model) if model else None)
 
     def _begin(self, live: _Live, *, program: str | None, model: str | None) -> None:

@@ -36,6 +36,7 @@ _WAITS: Mapping[str, str] = {
     "cache.lease": FLIGHT,
     "cache.lookup": CACHE,
     "cache.store": CACHE,
+    "upstream.pause": PAUSE,
     "upstream.queue": QUEUE,
     "upstream.limit": QUEUE,
     "upstream.detection": DETECT,

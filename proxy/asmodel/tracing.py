@@ -131,6 +131,7 @@ UPSTREAM_ESTIMATED = "asmodel.upstream.usage_estimated"
 UPSTREAM_ATTEMPTS = "asmodel.upstream.attempts"
 UPSTREAM_ATTEMPT = "asmodel.upstream.attempt"
 UPSTREAM_BACKOFF = "asmodel.upstream.backoff_s"
+UPSTREAM_RESENT = "asmodel.upstream.resent"
 WAIT_EVENT = "asmodel.wait"
 WAIT_NAME = "asmodel.wait.name"
 WAIT_SECONDS = "asmodel.wait.seconds"
@@ -588,6 +589,14 @@ def record_attempts(span: Span, attempts: Sequence[Attempt]) -> None:
         if attempt.error is not None:
             record_error(child, attempt.error)
         child.end(end_time=max(attempt.started_ns, attempt.ended_ns))
+
+
+def record_resent() -> None:
+    """The current call was sent once more within one attempt: its connection was closed before there was an answer."""
+    span = trace.get_current_span()
+    if span.is_recording():
+        so_far: Mapping[str, Any] = getattr(span, "attributes", None) or {}
+        span.set_attribute(UPSTREAM_RESENT, so_far.get(UPSTREAM_RESENT, 0) + 1)
 
 
 def record_wait(span: Span, name: str, seconds: float) -> None:

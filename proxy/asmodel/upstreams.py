@@ -99,6 +99,8 @@ class _Flight:
     task: asyncio.Task[Reply] | None = None
     waiters: int = 0
     deltas: list[Delta] = field(default_factory=list[Delta])
+    ahead: bool = True
+    """Its purchase is counted already, and nothing has been sent yet."""
     arrived: bool = False
     """The reply is here and only its storing is left: too late to cancel, it would be paid for and lost."""
     accepts: list[Terms] = field(default_factory=list[Terms])
@@ -114,6 +116,12 @@ class _Flight:
 
     def landed(self, _: object) -> None:
         self._wake()
+
+    def withdraw(self) -> None:
+        """Give back what was counted for it where nothing went out."""
+        if self.ahead:
+            self.ahead = False
+            _withdraw(self.accepts[0])
 
 
 @dataclass(slots=True, eq=False)
@@ -272,7 +280,7 @@ class Cached(_Layer):
                     waited += time.monotonic() - came
                 found = await self._stored(k, reader)
                 if found is not None:
-                    _withdraw(terms)
+                    flight.withdraw()
                     if not waited:
                         return found
                     self._meter.joined(self.name, waited)
@@ -281,6 +289,7 @@ class Cached(_Layer):
                     return await self._buy(flight, call, terms)
 
     async def _buy(self, flight: _Flight, call: Call, terms: Terms) -> Reply:
+        flight.ahead = False
         reply = await self._inner.send(call, terms)
         flight.arrived = True
         if flight.key is not None:
@@ -344,6 +353,7 @@ class Cached(_Layer):
             flight.waiters -= 1
             if flight.waiters == 0 and not flight.task.done() and not flight.arrived:
                 flight.task.cancel()
+                flight.withdraw()
                 # Nor may it be joined by somebody who comes before it has ended.
                 self._flights.landed(flight)
 
@@ -572,9 +582,20 @@ class Retried(_Layer):
                     waited = self._pause_after(error, len(attempts)) if not watch.emitted else -1.0
                     if waited < 0 or not _readmitted(terms):
                         raise
+                    _withdraw(terms)
+                    failed = error
                     log.info("%s; asked again in %.1f s", error, waited)
                     self._meter.retried(self._name, error, waited)
-                await asyncio.sleep(waited)
+                paused = time.monotonic()
+                try:
+                    await asyncio.sleep(waited)
+                except asyncio.CancelledError:
+                    # No attempt follows that would tell of it.
+                    tracing.record_wait(trace.get_current_span(), "upstream.pause", time.monotonic() - paused)
+                    raise
+                # Counted only now: a run that ends in the pause has not made this attempt.
+                if not _readmitted(terms):
+                    raise failed
         finally:
             if len(attempts) > 1:
                 tracing.record_attempts(trace.get_current_span(), attempts)
