@@ -206,9 +206,16 @@ def _reading(path: Path) -> Generator[sqlite3.Connection]:
     try:
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
         try:
-            (found,) = connection.execute("PRAGMA user_version").fetchone()
-            if found != SCHEMA and not _is_empty(connection):
-                raise TraceFileUnreadable(f"{path} is no trace file of this version (it says {found}, not {SCHEMA})")
+            for left in range(50, -1, -1):
+                (found,) = connection.execute("PRAGMA user_version").fetchone()
+                if found == SCHEMA or _is_empty(connection):
+                    break
+                # 0 is what a file says that another process is beginning at this very moment.
+                if found or not left:
+                    raise TraceFileUnreadable(
+                        f"{path} is no trace file of this version (it says {found}, not {SCHEMA})"
+                    )
+                time.sleep(0.01)
             yield connection
         finally:
             connection.close()
