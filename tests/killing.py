@@ -220,7 +220,9 @@ class Clients:
     @contextmanager
     def asking(self, questions: dict[int, list[Question]] | None = None) -> Generator[None]:
         """All of these; without them each goes on until `over`, and to the end of the one that it is at."""
-        self._threads = [threading.Thread(target=self._all, args=(client, questions)) for client in range(CLIENTS)]
+        self._threads = [
+            threading.Thread(target=self._all, args=(client, questions), daemon=True) for client in range(CLIENTS)
+        ]
         for thread in self._threads:
             thread.start()
         try:

@@ -555,7 +555,7 @@ def test_a_thousand_joins_at_once_are_one_purchase(server: Server, up: Upstream)
             response.read()
         connection.close()
 
-    threads = [threading.Thread(target=some) for _ in range(40)]
+    threads = [threading.Thread(target=some, daemon=True) for _ in range(40)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -339,7 +339,7 @@ def test_a_page_is_whole_while_others_record(folder: Path) -> None:
                 step.replied(Reply())
             writer.waited("fast", 0.1)
 
-    thread = threading.Thread(target=write)
+    thread = threading.Thread(target=write, daemon=True)
     thread.start()
     try:
         counts: list[float] = []
@@ -402,7 +402,7 @@ class Sink:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
 

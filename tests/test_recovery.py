@@ -92,7 +92,7 @@ def test_a_server_killed_at_a_step_is_followed_by_one_that_buys_only_what_is_mis
             answers.append(chunks[-1].model_dump())
 
     with serving(tmp_path, settings) as first:
-        client = threading.Thread(target=ask, args=(first.port,))
+        client = threading.Thread(target=ask, args=(first.port,), daemon=True)
         client.start()
         eventually("the step is asked", lambda: killed_at in up.links)
         time.sleep(0.3 if stream else 0.0)  # So that the stream is open, and its client sees it break.

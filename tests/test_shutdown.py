@@ -25,7 +25,7 @@ def up() -> Iterator[ScriptedServer]:
 
 def in_background(work: Callable[[], Answered]) -> tuple[threading.Thread, list[Answered]]:
     found: list[Answered] = []
-    thread = threading.Thread(target=lambda: found.append(work()))
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
     thread.start()
     return thread, found
 

@@ -71,7 +71,7 @@ class Following:
         def work() -> None:
             self.trace = follow(path, run_id, console=console, patience=20)
 
-        self._thread = threading.Thread(target=work)
+        self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
 
     def until(self, said: str) -> None:

@@ -186,7 +186,9 @@ def test_of_a_mixed_load_each_runs_time_is_accounted_for_and_each_ending_is_told
     with ScriptedServer(answers, faults=faults, delay=0.03) as up, story(tmp_path, up) as server:
         assert ask(server, "Warm up") == 200
         up.clear()
-        clients = [threading.Thread(target=ask, args=(server, q)) for q in ("Shared", "Shared", "Retried", "Own")]
+        clients = [
+            threading.Thread(target=ask, args=(server, q), daemon=True) for q in ("Shared", "Shared", "Retried", "Own")
+        ]
         for client in clients:
             client.start()
         for client in clients:

@@ -75,7 +75,7 @@ def test_killed_at_each_of_ten_steps_it_buys_exactly_the_unfinished_ones(
                 rows[-1][3].update(answer["asmodel"])
             if killed_at <= STEPS:
                 up.slow = killed_at
-                client = threading.Thread(target=ask_in_vain, args=(server, killed_at))
+                client = threading.Thread(target=ask_in_vain, args=(server, killed_at), daemon=True)
                 client.start()
                 eventually("the step is asked", lambda k=killed_at: k in map(link, up.requests))
                 server.kill()

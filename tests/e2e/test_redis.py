@@ -257,7 +257,7 @@ def test_no_request_fails_because_the_store_does(
         with serving(tmp_path / "server", settings, "--programs", str(PROGRAMS)) as ours:
             clients = [ours.client() for _ in range(8)]
             threads = [
-                threading.Thread(target=ask_on, args=(client, asked, over, number))
+                threading.Thread(target=ask_on, args=(client, asked, over, number), daemon=True)
                 for number, client in enumerate(clients)
             ]
             for thread in threads:

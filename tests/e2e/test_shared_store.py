@@ -271,7 +271,7 @@ def test_no_request_fails_because_a_store_with_leases_does(
                 asked.append(Asked(began, time.monotonic() - began, bought, error))
 
     with served(tmp_path / "one", up, store) as one, served(tmp_path / "two", up, store) as two:
-        threads = [threading.Thread(target=client, args=((one, two)[n % 2], n)) for n in range(8)]
+        threads = [threading.Thread(target=client, args=((one, two)[n % 2], n), daemon=True) for n in range(8)]
         for thread in threads:
             thread.start()
         try:
