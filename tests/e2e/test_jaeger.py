@@ -268,7 +268,9 @@ def test_no_attribute_has_a_name_or_type_that_the_conventions_do_not_know(
     for trace in map(jaeger.whole, asked):
         for span in trace.spans:
             for name, value in span.attributes.items():
-                if not name.startswith("asmodel."):
+                if name.startswith("@jaeger@"):
+                    print(f"Jaeger remarks on {span.name}: {value}")  # Its own, put in when a trace is read.
+                elif not name.startswith("asmodel."):
                     assert isinstance(value, CONVENTIONS[name]), (span.name, name, value)
 
 
