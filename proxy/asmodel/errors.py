@@ -7,7 +7,9 @@ AsmodelError
 │   └── PayloadTooLarge        413
 ├── Forbidden                  403  a local server was asked through a name that is not local
 ├── ProgramError               500  the program broke a rule or raised; not worth a retry
-│   └── StepError              502  a step's reply could not be read, even when asked again
+│   ├── StepError              502  a step's reply could not be read, even when asked again
+│   ├── EffectUnknown          409  an effect was begun and may have been done (effects.py)
+│   └── JournalUnusable        503  an effect cannot be written down, so it is not begun (effects.py)
 ├── LimitExceeded              422  calls, tokens or cost used up; not worth a retry
 │   └── DeadlineExceeded       504  the time is used up
 ├── NotCached                  504  only cached answers were wanted, and there is none (RFC 9111, 5.2.1.7)
