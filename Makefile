@@ -49,7 +49,7 @@ e2e: $(VENV)/installed $(VENV)/tools ## real servers, clients and weights; what 
 	ASMODEL_E2E_CACHE="$${ASMODEL_E2E_CACHE:-$$PWD/.cache/e2e}" $(PY) -m pytest -m e2e --timeout=600 $(ARGS)
 
 soak: $(VENV)/installed $(VENV)/tools ## minutes of load; prints what it measures
-	$(PY) -m pytest -m soak -s --timeout=1800 $(ARGS)
+	$(PY) -m pytest -m soak -s --timeout=2400 $(ARGS)
 
 check: $(VENV)/installed $(VENV)/tools ## format, lint, and types in two checkers
 	$(PY) -m ruff format --check $(CODE)

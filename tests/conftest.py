@@ -77,7 +77,7 @@ def network() -> Generator[None, None, None]:
 # ---- the environment ----
 
 # Set by `make e2e` and by the fixtures below; everything else of these families is the person's own.
-_KEPT = {"ASMODEL_E2E_CACHE"}
+_KEPT = {"ASMODEL_E2E_CACHE", "ASMODEL_SOAK_MINUTES"}
 # Where the embedded model's weights really are, for tests that run it.
 WEIGHTS = "ASMODEL_TEST_WEIGHTS"
 _OURS = ("ASMODEL_", "OTEL_", "XDG_", "LITELLM_")

@@ -294,7 +294,7 @@ async def test_a_reply_that_was_stored_is_read_as_it_was(folder: Path) -> None:
 def tampered(statement: str) -> Callable[[Path], None]:
     def tamper(folder: Path) -> None:
         with tampering(folder) as con:
-            con.execute(statement)
+            con.executescript(statement)
 
     return tamper
 
@@ -339,6 +339,10 @@ WAYS_TO_BREAK: dict[str, Callable[[Path], None]] = {
     "another program's": tampered("PRAGMA application_id = 7"),
     "a table lost": tampered("DROP TABLE Cache"),
     "a column more": tampered("ALTER TABLE Cache ADD COLUMN more"),
+    "a trigger of ours changed": tampered(
+        "DROP TRIGGER Settings_count_insert;"
+        "CREATE TRIGGER Settings_count_insert AFTER INSERT ON Cache BEGIN DELETE FROM Cache; END"
+    ),
     "a trigger planted": tampered("CREATE TRIGGER t AFTER INSERT ON Cache BEGIN DELETE FROM Cache; END"),
     "not in WAL mode": tampered("PRAGMA journal_mode = DELETE"),
     "garbage": garbage,
@@ -448,7 +452,7 @@ BREAK = (
 async def test_a_store_that_breaks_while_open_is_set_aside_and_no_request_fails(
     folder: Path, first: str, how: str
 ) -> None:
-    async with disk(folder) as cache, disk(folder) as other:
+    async with disk(folder, memory_bytes=0) as cache, disk(folder, memory_bytes=0) as other:
         # More than the connections keep in memory, or nobody would notice.
         await asyncio.gather(*(cache.set(key(n), bytes(20_000)) for n in range(500)))
         with ending(running(BREAK, how, database(folder))) as process:
@@ -525,7 +529,7 @@ async def test_a_disk_that_is_full_costs_the_entry_and_nothing_else(folder: Path
 
 async def test_the_oldest_written_leave_a_full_store_first(folder: Path) -> None:
     limit = 4 * 2**20
-    async with disk(folder, size_limit=limit) as cache:
+    async with disk(folder, size_limit=limit, memory_bytes=0) as cache:
         for start in range(0, 4000, 200):
             await asyncio.gather(*(cache.set(key(n), bytes(3000)) for n in range(start, start + 200)))
         kept = [n for n in range(4000) if await cache.get(key(n)) is not None]

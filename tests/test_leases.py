@@ -71,17 +71,23 @@ def key(request: pytest.FixtureRequest) -> str:
 
 
 @contextmanager
-def asking(kind: str, place: str, key: str, askers: int, seconds: float, log: Path) -> Generator[subprocess.Popen[str]]:
-    """A process that is ready to ask."""
-    command = [sys.executable, "-m", "tests.leasing", kind, place, key, str(askers), str(seconds), str(log)]
+def ready(*arguments: str) -> Generator[subprocess.Popen[str]]:
+    """A Python process that has said that it is ready."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             yield process
         finally:
             process.kill()
+
+
+@contextmanager
+def asking(kind: str, place: str, key: str, askers: int, seconds: float, log: Path) -> Generator[subprocess.Popen[str]]:
+    """A process that is ready to ask."""
+    with ready("-m", "tests.leasing", kind, place, key, str(askers), str(seconds), str(log)) as process:
+        yield process
 
 
 def go(process: subprocess.Popen[str]) -> None:
@@ -276,18 +282,28 @@ async def test_a_failure_is_every_waiters_and_no_later_askers(store: Leasing, ot
 # ---- on disk ----
 
 
-async def test_no_file_is_left_of_a_lease_nor_of_a_killed_holder(tmp_path: Path) -> None:
+def files(leases: Path) -> list[str]:
+    return [path.name for path in leases.iterdir()]
+
+
+async def test_no_file_is_left_of_those_who_waited_nor_of_a_killed_holder(tmp_path: Path) -> None:
     folder, log = tmp_path / "cache", tmp_path / "purchases"
     leases = folder / "leases"
     with asking("disk", str(folder), "abandoned", 1, 60, log) as process:
         go(process)
         await grown(log)
-        assert [p.stat().st_mode & 0o777 for p in (leases, *leases.iterdir())] == [0o700, 0o600]
-    assert len(list(leases.iterdir())) == 1
-    async with opened(store := DiskCache(folder)):
-        async with store.lease("another"):
-            pass
-        assert list(leases.iterdir()) == []
+        async with opened(store := DiskCache(folder)), store.lease("abandoned") as lease:
+            assert lease.state == "taken"
+            assert {p.stat().st_mode & 0o777 for p in leases.iterdir()} == {0o600}
+            assert leases.stat().st_mode & 0o777 == 0o700
+            assert len(files(leases)) == 2
+            process.kill()
+            assert await lease.wait() is None
+        assert files(leases) == ["table"]
+    # One who was killed while it waited left its box.
+    (leases / "abandoned-box").write_bytes(b"")
+    async with opened(store := DiskCache(folder)), store.lease("another"):
+        assert files(leases) == ["table"]
 
 
 async def test_a_folder_that_cannot_be_used_is_no_lease_and_no_error(
@@ -303,6 +319,66 @@ async def test_a_folder_that_cannot_be_used_is_no_lease_and_no_error(
         async with store.lease("a") as lease:
             assert lease.state == "held"
     assert len([r for r in caplog.records if "bought by each" in r.getMessage()]) == 1
+
+
+MANY = (
+    "import asyncio, os, sys\n"
+    "from tests.leasing import once\n"
+    "from asmodel_plugins.disk_cache import DiskCache\n"
+    "async def main():\n"
+    "    store = DiskCache(sys.argv[1])\n"
+    "    await store.open()\n"
+    "    bought = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)\n"
+    "    async def ask(n):\n"
+    "        async def buy():\n"
+    "            os.write(bought, b'%d\\n' % n)\n"
+    "            await asyncio.sleep(n % 5 / 1000)\n"
+    "            return b'%d' % n\n"
+    "        assert await once(store, f'key {n}', buy) == b'%d' % n\n"
+    "    print('ready', flush=True)\n"
+    "    sys.stdin.readline()\n"
+    "    for start in range(0, 2000, 100):\n"
+    "        await asyncio.gather(*(ask(n) for n in range(start, start + 100)))\n"
+    "    await store.close()\n"
+    "    print(2000, flush=True)\n"
+    "asyncio.run(main())\n"
+)
+
+
+async def test_of_many_keys_that_several_processes_want_each_is_bought_once(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        arguments = "-c", MANY, str(tmp_path / "cache"), str(tmp_path / "bought")
+        processes = [stack.enter_context(ready(*arguments)) for _ in range(3)]
+        for process in processes:
+            go(process)
+        assert [await answers(process) for process in processes] == [2000] * 3
+    assert sorted(purchases(tmp_path / "bought"), key=int) == [str(n) for n in range(2000)]
+
+
+async def test_a_table_that_is_deleted_is_begun_anew_and_what_was_held_in_it_given_back(tmp_path: Path) -> None:
+    async with opened(store := DiskCache(tmp_path / "cache")), opened(other := DiskCache(tmp_path / "cache")):
+        async with store.lease("a") as before:
+            assert before.state == "held"
+            (tmp_path / "cache" / "leases" / "table").unlink()
+            await asyncio.sleep(0.6)  # Both look now and then.
+            async with store.lease("b") as mine, other.lease("b") as theirs:
+                assert (mine.state, theirs.state) == ("held", "taken")
+        async with other.lease("a") as after:
+            assert after.state == "held"
+    assert files(tmp_path / "cache" / "leases") == ["table"]
+
+
+async def test_a_store_may_be_closed_while_a_lease_is_held(tmp_path: Path) -> None:
+    async with opened(other := DiskCache(tmp_path / "cache")):
+        store = DiskCache(tmp_path / "cache")
+        await store.open()
+        async with store.lease("a") as lease:
+            await store.close()
+            assert lease.state == "held"
+            async with other.lease("a") as theirs:
+                assert theirs.state == "taken"
+        async with other.lease("a") as theirs:
+            assert theirs.state == "held"
 
 
 async def test_leases_do_not_wait_for_the_event_loops_own_threads(tmp_path: Path) -> None:

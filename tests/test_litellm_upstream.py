@@ -15,10 +15,12 @@ KEY = "sk-test-0123456789abcdef"
 
 SCRIPT = """
 import asyncio, json, os, sys, time, traceback
+from asmodel import tracing
 from asmodel.calls import Chat, Completion, Embed, Message, Score, Terms
 from asmodel.errors import AsmodelError
 from asmodel.testing import Fault, ScriptedServer
 from asmodel_plugins.litellm_upstream import LiteLLMUpstream
+from opentelemetry.sdk.trace import TracerProvider
 
 KEY = "sk-test-0123456789abcdef"
 CHAT = Chat(identity="i", messages=(Message("user", "What is under the lantern?"),))
@@ -105,6 +107,17 @@ async def main():
         seen["cheap"] = (await upstream.capabilities()).loglikelihood
         seen["detected"] = (await upstream.detect()).loglikelihood
         seen["score"] = [[t.token, t.logprob] for t in (await upstream.send(score, Terms())).logprobs]
+
+        for hosts in ([], ["127.0.0.1"]):
+            provider = TracerProvider()
+            tracing.install(provider, hosts=hosts)
+            server.clear()
+            with tracing.start_request("POST", "/v1/x", {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}):
+                for call in (CHAT, raw, Embed(identity="i", texts=("a",))):
+                    await upstream.send(call, Terms())
+                await emitting(upstream)
+            tracing.remove(provider)
+            seen["told" if hosts else "not told"] = [r.headers.get("traceparent") for r in server.requests]
 
         server.token_delay = 0.02
         server.clear()
@@ -268,6 +281,12 @@ def test_given_text_is_scored_only_where_that_is_proven(seen: dict[str, Any]) ->
     assert seen["detected"] is True
     assert [token for token, _ in seen["score"]] == [" Where", " is", " the", " lantern", "?"]
     assert seen["ignored"] is seen["shifted"] is False
+
+
+def test_only_a_host_that_may_know_is_told_the_trace(seen: dict[str, Any]) -> None:
+    assert seen["not told"] == [None] * 4
+    assert all(told.startswith(f"00-{'ab' * 16}-") for told in seen["told"])
+    assert len(seen["told"]) == 4
 
 
 def test_a_cancelled_call_is_seen_to_leave(seen: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from asmodel.errors import (
 from asmodel.likelihood import continuation_of, proven
 from asmodel.protocols import Detecting, Openable, Upstream
 from asmodel.testing import Fault, Received, Scores, ScriptedServer, ServerAnswer, ToyModel
-from asmodel_plugins.openai_upstream import Events, OpenAIUpstream
+from asmodel_plugins.openai_upstream import Events, OpenAIUpstream, Stream
 
 KEY = "sk-test-0123456789abcdef"
 ASKED = "What is under the lantern?"
@@ -137,6 +137,16 @@ async def test_without_a_key_no_authorization_is_sent() -> None:
         async with opened(server, api_key=None) as upstream:
             await upstream.send(CHAT, Terms())
         assert "authorization" not in server.requests[0].headers
+
+
+async def test_a_name_and_a_password_in_the_address_are_sent_where_there_is_no_key() -> None:
+    with ScriptedServer() as server:
+        address = server.base_url.replace("http://", "http://me:pass%21@")
+        for key, sent in ((None, "Basic bWU6cGFzcyE="), (KEY, f"Bearer {KEY}")):
+            async with opened(address, api_key=key) as upstream:
+                await upstream.send(CHAT, Terms())
+            assert server.requests[-1].headers["authorization"] == sent
+            assert server.requests[-1].headers["host"] == server.address.removeprefix("http://")
 
 
 async def test_a_completion_is_raw_text() -> None:
@@ -346,7 +356,9 @@ async def test_no_more_connections_are_opened_than_allowed() -> None:
     with ScriptedServer(delay=0.02) as server:
         async with opened(server, connections=2) as upstream:
             await asyncio.gather(*(upstream.send(CHAT, Terms()) for _ in range(8)))
-        assert server.max_in_flight == 2
+        # Not what the server has in flight: it counts a call until after the client has its answer, and asks again.
+        assert len({r.connection for r in server.requests}) == 2
+        assert len(server.requests) == 8
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -709,7 +721,8 @@ async def test_all_who_ask_at_once_share_one_trial() -> None:
             await asyncio.sleep(0.03)
             leaving.cancel()
             assert all(c.loglikelihood for c in await asyncio.gather(*others))
-        assert server.max_in_flight == 1
+        # One call after the other, and one trial: a second would have needed a connection of its own.
+        assert len({r.connection for r in server.requests}) == 1
         assert len(server.requests) < 10
 
 
@@ -862,6 +875,74 @@ def test_an_event_without_end_is_not_kept_for_ever() -> None:
 
 def test_a_byte_order_mark_is_passed_over() -> None:
     assert Events(100).feed(b"\xef\xbb\xbfdata: a\n\ndata:b\n\n") == [b"a", b"b"]
+
+
+def said(content: str) -> bytes:
+    return orjson.dumps({"choices": [{"index": 0, "delta": {"content": content}, "finish_reason": None}]})
+
+
+USAGE_ALONE = b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
+LAST = b'{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}'
+FAILED = b'{"error":{"message":"oom","code":503}}'
+WRONG = [FAILED, b"nonsense", b"[1]", b'{"choices":1}']
+MADE = [LAST, USAGE_ALONE, *WRONG, b"", b" ", b'{"choices":[],"a":"error"}']
+
+
+def expected(events: Sequence[bytes], usage_asked: bool) -> tuple[list[bytes], bool]:
+    """What a client should be shown of a stream of these events, and whether it then fails."""
+    shown: list[bytes] = []
+    for event in events:
+        if event in WRONG:
+            return shown, True
+        if event.strip() and (event != USAGE_ALONE or usage_asked):
+            shown.append(event)
+    return shown, False
+
+
+@given(
+    events=st.lists(texts.map(said) | st.sampled_from(MADE), max_size=7),
+    newline=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    between=st.sampled_from([b"", b": ping", b"event: x"]),
+    usage_asked=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=400, deadline=None)
+def test_a_stream_that_is_passed_on_shows_the_same_events_however_it_is_cut(
+    events: list[bytes], newline: bytes, between: bytes, usage_asked: bool, data: st.DataObject
+) -> None:
+    stream = b"".join(
+        (between + newline if between else b"") + b"data: " + event + 2 * newline for event in [*events, b"[DONE]"]
+    )
+    stream += b"data: after the end" + 2 * newline
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    passed: list[bytes] = []
+    heard = Heard()
+
+    async def verbatim(block: bytes) -> None:
+        assert not any(bad in block for bad in (FAILED, b"nonsense", b"[1]", b"[DONE]", b"after the end"))
+        passed.append(block)
+
+    def fail(chunk: Mapping[str, Any]) -> None:
+        if chunk["error"]:
+            raise UpstreamUnavailable("oom")
+
+    async def run() -> bool:
+        taking = Stream(Terms(verbatim=verbatim, usage_asked=usage_asked), heard, fail)
+        try:
+            for start, end in pairwise([0, *cuts, len(stream)]):
+                if end > start and not taking.done:
+                    await taking.take(stream[start:end])
+        except (UpstreamUnavailable, ValueError):
+            return True
+        assert taking.done
+        return False
+
+    failed = asyncio.run(run())
+    shown, fails = expected(events, usage_asked)
+    assert b"".join(passed) == b"".join(b"data: " + event + b"\n\n" for event in shown)
+    assert failed == fails
+    # One delta at the first bytes, by which the layers above know that the answer has begun.
+    assert len(heard.deltas) == bool(shown)
 
 
 # --- tool calls of servers that leave out what they should not

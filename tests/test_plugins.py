@@ -118,7 +118,9 @@ def test_an_unknown_name_is_answered_with_those_there_are(site: Path) -> None:
 
 
 def test_there_are_no_other_kinds() -> None:
-    with pytest.raises(ValueError, match="'hats' is no kind of plug-in; the kinds are caches, programs, upstreams"):
+    with pytest.raises(
+        ValueError, match="'hats' is no kind of plug-in; the kinds are caches, programs, tools, upstreams"
+    ):
         names("hats")
 
 

@@ -519,7 +519,7 @@ async def test_what_tools_did_is_taken_from_the_recording_and_no_effect_is_repea
     MEASURED.clear()
     SENT.clear()
     b = bench(posting)
-    file = await b.run("Bob", identity="key-1", digest="d")
+    file = await b.run("Bob", identity="key-1", body=b"d")
     assert len(SENT) == 1
     assert (await b.replay(file)).same
     await replayed(posting, file)

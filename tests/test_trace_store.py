@@ -22,8 +22,9 @@ import pytest
 from asmodel import trace_schema, trace_store, tracing
 from asmodel.calls import Chat, Message, Reply, Usage
 from asmodel.errors import UpstreamRateLimited, UpstreamTimeout
-from asmodel.trace_export import LocalFeed, Tracing
+from asmodel.trace_export import Tracing
 from asmodel.trace_reader import NoSuchTrace, TraceFileUnreadable, runs, spans
+from asmodel.trace_sdk import LocalFeed
 
 CALL = Chat(identity="m", messages=(Message("user", "hi"),))
 REPLY = Reply(usage=Usage(prompt_tokens=10, completion_tokens=5), model="gpt-x", cost=0.25)

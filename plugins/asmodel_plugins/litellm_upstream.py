@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from asmodel import tracing
 from asmodel.calls import Call, Capabilities, Chat, Completion, Embed, Reply, Score, Terms, TokenLogprob, Usage
 from asmodel.dialect import Assembly, Refusal, body_of, error_of, mapping, refusal_of, reply_of, scrubbed, usage_of
 from asmodel.errors import (
@@ -34,7 +35,7 @@ from asmodel.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from asmodel.likelihood import PROBE_TOKENS, echoed, generated_of, proven
+from asmodel.likelihood import PROBE_TOKENS, Trial, echoed, generated_of, proven
 
 _FLAGS = frozenset(f.name for f in fields(Capabilities)) - {"context"}
 
@@ -153,10 +154,9 @@ class LiteLLMUpstream:
         self._client: Any = None
         self._fixed: dict[str, Any] = {}
         self._capabilities = Capabilities(context=context)
-        # None: not tried yet. What an operator forbids is never tried, what an operator promises is.
-        self._scoring: bool | None = False if self._can.pop("loglikelihood", None) is False else None
+        # What an operator forbids is never tried, what an operator promises is.
+        self._scoring = Trial(self._try_scoring, forbidden=self._can.pop("loglikelihood", None) is False)
         self._more = 0
-        self._detecting: asyncio.Task[bool] | None = None
 
     @property
     def identity(self) -> str:
@@ -182,10 +182,7 @@ class LiteLLMUpstream:
         _open.add(self)
 
     async def close(self) -> None:
-        if self._detecting is not None:
-            self._detecting.cancel()
-            await asyncio.gather(self._detecting, return_exceptions=True)
-            self._detecting = None
+        await self._scoring.close()
         if self._client is not None:
             await self._client.close()
             self._client = None
@@ -224,23 +221,11 @@ class LiteLLMUpstream:
 
     async def capabilities(self) -> Capabilities:
         """What it is taken to do; `loglikelihood` only once `detect` has proven it."""
-        return replace(self._capabilities, loglikelihood=self._scoring is True)
+        return replace(self._capabilities, loglikelihood=self._scoring.proven)
 
     async def detect(self) -> Capabilities:
-        """Try, once, whether the provider scores given text through litellm: a handful of short completions.
-
-        Tasks that ask at the same moment share one trial. One that failed for want of an answer is not remembered.
-        """
-        if self._scoring is None:
-            if self._detecting is None:
-                self._detecting = asyncio.get_running_loop().create_task(self._try_scoring())
-            trial = self._detecting
-            try:
-                # A caller that leaves must not end the trial of the others; close() does.
-                self._scoring = await asyncio.shield(trial)
-            finally:
-                if trial.done() and self._detecting is trial:
-                    self._detecting = None
+        """Try, once, whether the provider scores given text through litellm: a few short completions. See `Trial`."""
+        await self._scoring.made()
         return await self.capabilities()
 
     async def _try_scoring(self) -> bool:
@@ -316,9 +301,7 @@ class LiteLLMUpstream:
     async def _score(self, call: Score) -> Reply:
         if not call.continuation:
             return Reply(model=self._model)
-        if self._scoring is None:
-            await self.detect()
-        if not self._scoring:
+        if not await self._scoring.made():
             raise Unsupported(
                 f"{self._who} does not give the log-likelihood of given text (tried: echo); give the scoring role an "
                 "upstream that does"
@@ -365,6 +348,9 @@ class LiteLLMUpstream:
         arguments |= self._fixed
         if rest:
             arguments["extra_body"] = {**mapping(self._fixed.get("extra_body")), **rest}
+        # Where a provider is without an address of ours, litellm alone knows, and nothing of the trace is told.
+        if self._base_url and (trace := tracing.outgoing(self._base_url)):
+            arguments["extra_headers"] = {**mapping(self._fixed.get("extra_headers")), **trace}
         if isinstance(call, Completion):
             ask = litellm.atext_completion
             arguments["client"] = self._raw_client()

@@ -1,17 +1,20 @@
-"""Any server that speaks OpenAI's API, by its base URL, over one pool of connections."""
+"""Any server that speaks OpenAI's API, by its base URL, over one pool of connections.
+
+The connections are those of openai_http.py; where the environment names a proxy for the address, of openai_proxied.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, fields, replace
-from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, cast
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import orjson
 
 from asmodel import tracing
@@ -41,7 +44,12 @@ from asmodel.errors import (
     UpstreamUnavailable,
     UpstreamUnreachable,
 )
-from asmodel.likelihood import PROBE_TOKENS, continuation_of, echoed, generated_of, prompt_tokens, proven
+from asmodel.likelihood import PROBE_TOKENS, Trial, continuation_of, echoed, generated_of, prompt_tokens, proven
+from asmodel.timeouts import Bounds
+from asmodel_plugins.openai_http import Client, Cut, Encoded, HTTPClient, NotInTime, Response, Unreached, checked
+
+if TYPE_CHECKING:
+    from asmodel_plugins.openai_proxied import ProxiedClient
 
 BODY_LIMIT = 64 * 1024 * 1024
 """Bytes of one answer; more is not one."""
@@ -55,6 +63,8 @@ _ALL = 1_000_000
 """More tokens than any vocabulary has."""
 _SAYS_NO = frozenset({"upstream_broken", "upstream_model_not_found", "upstream_not_implemented"})
 _CUT = "upstream_connection_lost"
+_QUOTED = "/%?:@!$&'()*+,;=~[]"
+"""What of a path and a query stays as it was written, beside letters, digits and `_.-`."""
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _FLAGS = frozenset(f.name for f in fields(Capabilities)) - {"context"}
@@ -93,13 +103,16 @@ class OpenAIUpstream:
         self._base = _split(name, base_url)
         self._identity = identity or f"openai:{_normal(self._base)}:{model}"
         api_key = _checked_key(name, api_key)
-        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._headers |= {key.lower(): value for key, value in (headers or {}).items()}
+        self._headers = _authorization(api_key, self._base)
+        self._headers |= _checked_headers(name, headers or {})
         self._headers["content-type"] = "application/json"
         self._secrets = _secrets_of(api_key, headers or {}, self._base)
         self._connect_timeout = connect_timeout
         self._connections = connections
-        self._session: aiohttp.ClientSession | None = None
+        self._client: Client | None = None
+        self._tail = Bounds(0.1)
+        self._origin = _address(self._base)
+        self._paths = {route: _path(self._base, route) for route in _ROUTES.values()}
         if unknown := sorted(set(can or {}) - _FLAGS):
             raise ConfigurationError(
                 f"upstreams.{name}.can: there is no {', '.join(map(repr, unknown))}; "
@@ -108,8 +121,8 @@ class OpenAIUpstream:
         flags = {"verbatim": True, "completion": True, "schema": True, "tools": True, "embeddings": True} | dict(
             can or {}
         )
-        # None: not tried yet. What an operator forbids is never tried, what an operator promises is.
-        self._scoring: bool | None = False if flags.pop("loglikelihood", None) is False else None
+        # What an operator forbids is never tried, what an operator promises is.
+        self._scoring = Trial(self._try_scoring, forbidden=flags.pop("loglikelihood", None) is False)
         self._capabilities = Capabilities(**flags, context=context)
         self._ways: dict[str, _Way] = {
             "echo": self._echo,
@@ -119,7 +132,6 @@ class OpenAIUpstream:
         }
         self._way = ""
         self._whole_token: int | None = None
-        self._detecting: asyncio.Task[bool] | None = None
 
     @property
     def identity(self) -> str:
@@ -128,52 +140,48 @@ class OpenAIUpstream:
     @property
     def address(self) -> str:
         """Scheme, host and port, for messages."""
-        return _address(self._base)
+        return self._origin
 
     # -- life
 
     async def open(self) -> None:
-        proxy, proxy_auth = _proxy_of(self._base)
-        # asyncio and aiohttp both switch Nagle's algorithm off, so small requests leave at once.
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, ttl_dns_cache=60),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=[_noting_reuse()],
-            proxy=proxy,
-            proxy_auth=proxy_auth,
-        )
+        base = self._base
+        headers, connections, timeout = self._headers, self._connections, self._connect_timeout
+        proxy = _proxy_of(base)
+        if proxy is not None:
+            proxied = await asyncio.to_thread(_proxied)
+            self._client = proxied(
+                origin=self._origin, headers=headers, connections=connections, connect_timeout=timeout, proxy=proxy
+            )
+            return
+        port = base.port or (443 if base.scheme == "https" else 80)
+        try:
+            self._client = HTTPClient(
+                scheme=base.scheme,
+                host=base.hostname or "",
+                port=port,
+                headers=headers,
+                connections=connections,
+                connect_timeout=timeout,
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"upstreams.{self.name}.base_url: {error}") from None
 
     async def close(self) -> None:
-        if self._detecting is not None:
-            self._detecting.cancel()
-            await asyncio.gather(self._detecting, return_exceptions=True)
-            self._detecting = None
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._scoring.close()
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
 
     # -- what it can do
 
     async def capabilities(self) -> Capabilities:
         """What it is taken to do; `loglikelihood` only once `detect` has proven it."""
-        return replace(self._capabilities, loglikelihood=self._scoring is True)
+        return replace(self._capabilities, loglikelihood=self._scoring.proven)
 
     async def detect(self) -> Capabilities:
-        """Try, once, whether the server scores given text: a handful of short completions.
-
-        Tasks that ask at the same moment share one trial. One that failed for want of an answer is not remembered.
-        """
-        if self._scoring is None:
-            if self._detecting is None:
-                self._detecting = asyncio.get_running_loop().create_task(self._try_scoring())
-            trial = self._detecting
-            try:
-                # A caller that leaves must not end the trial of the others; close() does.
-                self._scoring = await asyncio.shield(trial)
-            finally:
-                if trial.done() and self._detecting is trial:
-                    self._detecting = None
+        """Try, once, whether the server scores given text: a handful of short completions. See `Trial`."""
+        await self._scoring.made()
         return await self.capabilities()
 
     async def _try_scoring(self) -> bool:
@@ -189,96 +197,79 @@ class OpenAIUpstream:
     async def send(self, call: Call, terms: Terms) -> Reply:
         """Answer one call; raises UpstreamError, and Unsupported on a score where none was proven possible."""
         if isinstance(call, Score):
-            reply = await self._score(call)
-        elif terms.emit is None or isinstance(call, Embed):
+            return await self._score(call)
+        if terms.emit is None or isinstance(call, Embed):
             data, body = await self._posted(_ROUTES[call.kind], body_of(call, self._model, n=terms.n))
             try:
-                reply = reply_of(body, call)
+                reply = reply_of(body, call, upstream=self.name)
             except ValueError as error:
                 raise self._broken(f"sent an answer that is none: {error}") from error
             self._look_at_finish(reply.finish)
             if terms.verbatim is not None:
                 await terms.verbatim(data)
-        else:
-            reply = await self._stream(call, terms)
-        return replace(reply, upstream=self.name)
+            return reply
+        return await self._stream(call, terms, terms.emit)
 
-    async def _stream(self, call: Chat | Completion, terms: Terms) -> Reply:
-        emit = terms.emit
-        assert emit is not None
-        assembly = Assembly()
-        done = False
-        size = 0
+    async def _stream(self, call: Chat | Completion, terms: Terms, emit: Emit) -> Reply:
         body = body_of(call, self._model, stream=True, n=terms.n)
-        async with self._request(_ROUTES[call.kind], body) as response:
-            if "event-stream" not in response.content_type:
+        response = await self._asked(_ROUTES[call.kind], body, whole=False)
+        try:
+            if "event-stream" in response.content_type:
+                assembly = await self._streamed(response, None, terms, emit)
+            else:
                 # A server that does not stream answers whole; one that mislabels its stream is told by its first bytes.
                 data = await self._read(response)
                 if not data.lstrip().startswith((b"data:", b"event:", b":")):
-                    answer = self._json(data, response)
-                    try:
-                        reply = reply_of(answer, call)
-                        delta = assembly.add(answer)
-                    except ValueError as error:
-                        raise self._broken(f"sent an answer that is none: {error}") from error
-                    self._look_at_finish(reply.finish)
-                    if terms.verbatim is not None:
-                        for made in _as_chunks(answer, usage=terms.usage_asked):
-                            await terms.verbatim(b"data: " + orjson.dumps(made) + b"\n\n")
-                    if delta is not None:
-                        await emit(delta)
-                    return reply
-                chunks = _once(data)
-            else:
-                chunks = self._bytes(response)
-            events = Events(EVENT_LIMIT)
-            try:
-                async with aclosing(chunks):
-                    async for chunk in chunks:
-                        size += len(chunk)
-                        if size > STREAM_LIMIT:
-                            raise _Unreadable(f"more than {STREAM_LIMIT >> 20} MiB")
-                        done = await self._take(events.feed(chunk), assembly, emit, terms)
-                        if done:
-                            break
-                if not done:
-                    done = await self._take(events.end(), assembly, emit, terms)
-            except _Unreadable as error:
-                raise self._broken(f"sent a stream that is none: {error}") from error
-            if not done and assembly.finish is None:
-                raise self._broken("ended its stream before the answer had an end")
-            await _drain(response)
+                    return await self._unstreamed(self._json(data, response), call, terms, emit)
+                assembly = await self._streamed(response, data, terms, emit)
+        finally:
+            response.release()
         self._look_at_finish(assembly.finish)
-        return assembly.reply(call)
+        return assembly.reply(call, upstream=self.name)
 
-    async def _take(self, events: Sequence[bytes], assembly: Assembly, emit: Emit, terms: Terms) -> bool:
-        """Take the events in, and pass on what they bring; True once one of them was the last."""
-        for data in events:
-            if data.strip() == b"[DONE]":
-                return True
-            if not data.strip():
-                continue
-            usage = assembly.usage
-            delta = self._delta(data, assembly)
-            if terms.verbatim is not None:
-                # We ask every stream for its usage; a client that did not is not shown the chunk that brings it.
-                if terms.usage_asked or assembly.usage is usage or not _is_usage_alone(data):
-                    await terms.verbatim(b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n")
-                # Something has left, even if it brought no text: the call is not to be made again.
-                delta = delta or Delta()
-            if delta is not None:
-                await emit(delta)
-        return False
-
-    def _delta(self, data: bytes, assembly: Assembly) -> Delta | None:
-        chunk = self._object(data)
-        if chunk is None:
-            raise _Unreadable("an event is not a JSON object")
-        self._look_for_error(chunk)
+    async def _unstreamed(self, answer: dict[str, Any], call: Chat | Completion, terms: Terms, emit: Emit) -> Reply:
         try:
-            return assembly.add(chunk)
+            reply = reply_of(answer, call, upstream=self.name)
+            delta = Assembly().add(answer)
         except ValueError as error:
-            raise _Unreadable(str(error)) from error
+            raise self._broken(f"sent an answer that is none: {error}") from error
+        self._look_at_finish(reply.finish)
+        if terms.verbatim is not None:
+            for made in _as_chunks(answer, usage=terms.usage_asked):
+                await terms.verbatim(b"data: " + orjson.dumps(made) + b"\n\n")
+        if delta is not None:
+            await emit(delta)
+        return reply
+
+    async def _streamed(self, response: Response, data: bytes | None, terms: Terms, emit: Emit) -> Assembly:
+        """Take a stream in as it comes, or one that has come whole as `data`."""
+        stream = Stream(terms, emit, self._look_for_error)
+        size = 0
+        try:
+            while not stream.done:
+                block = await self._block(response) if data is None else data
+                if data is not None:
+                    data = b""
+                size += len(block)
+                if size > STREAM_LIMIT:
+                    raise _Unreadable(f"more than {STREAM_LIMIT >> 20} MiB")
+                await stream.take(block)
+                if not block:
+                    break
+        except _Unreadable as error:
+            raise self._broken(f"sent a stream that is none: {error}") from error
+        if not stream.done and stream.assembly.finish is None:
+            raise self._broken("ended its stream before the answer had an end")
+        if not response.ended:
+            await self._drain(response)
+        return stream.assembly
+
+    async def _drain(self, response: Response) -> None:
+        """Take in the end of the body, which is on its way, so that the connection can be used again."""
+        with suppress(TimeoutError, Cut, Encoded), self._tail():
+            # A server that keeps the connection open after its last word only costs us that connection.
+            while await response.block():
+                pass
 
     def _look_at_finish(self, finish: str | None) -> None:
         if finish == "error":
@@ -288,11 +279,9 @@ class OpenAIUpstream:
 
     async def _score(self, call: Score) -> Reply:
         if not call.continuation:
-            return Reply(model=self._model)
-        if self._scoring is None:
-            await self.detect()
-        measure = self._ways.get(self._way)
-        if not self._scoring or measure is None:
+            return Reply(model=self._model, upstream=self.name)
+        measure = self._ways.get(self._way) if await self._scoring.made() else None
+        if measure is None:
             raise Unsupported(
                 f"{self._who} does not give the log-likelihood of given text (tried: echo, a grammar of token "
                 "literals, prompt_logprobs); give the scoring role an upstream that does"
@@ -301,7 +290,8 @@ class OpenAIUpstream:
             logprobs, body = await measure(call.context, call.continuation)
         except ValueError as error:
             raise self._broken(f"sent log-probabilities that are none: {error}") from error
-        reply = Reply(logprobs=tuple(logprobs), model=str(body.get("model") or self._model))
+        model = str(body.get("model") or self._model)
+        reply = Reply(logprobs=tuple(logprobs), model=model, upstream=self.name)
         return replace(reply, usage=usage_of(body.get("usage"), call, reply))
 
     async def _generate(self, prompt: str) -> Sequence[TokenLogprob]:
@@ -431,85 +421,67 @@ class OpenAIUpstream:
         self, route: str, body: Mapping[str, Any], *, at_root: bool = False
     ) -> tuple[bytes, dict[str, Any]]:
         """The answer as it came, and read."""
-        async with self._request(route, body, at_root=at_root) as response:
-            data = await self._read(response)
-            return data, self._json(data, response)
-
-    @asynccontextmanager
-    async def _request(
-        self, route: str, body: Mapping[str, Any], *, at_root: bool = False
-    ) -> AsyncGenerator[aiohttp.ClientResponse]:
-        """A response of status 200; anything else is raised. Leaving before its end closes the connection."""
-        if self._session is None:
-            raise RuntimeError(f"{self._who} is not open")
-        response = await self._sent(self._session, _url(self._base, route, at_root=at_root), orjson.dumps(body))
+        response = await self._asked(route, body, whole=True, at_root=at_root)
         try:
-            if response.status != 200:
-                raise await self._refused(response, route)
-            yield response
+            data = await self._read(response)
         finally:
-            # To the pool where all was read, else closed: the server sees us leave.
             response.release()
+        return data, self._json(data, response)
 
-    async def _sent(self, session: aiohttp.ClientSession, url: str, data: bytes) -> aiohttp.ClientResponse:
-        """Send, and wait for the head of the response.
+    async def _asked(self, route: str, body: Mapping[str, Any], *, whole: bool, at_root: bool = False) -> Response:
+        """A response of status 200, to be released by the caller; anything else is raised.
 
         A server may close an idle connection at the moment that we send on it (llama.cpp's does so after each stream).
-        What was sent there was not read, so it is sent again, on another connection; on a fresh one it is not.
+        What was sent there was not read, so the client sends it again, on another; on a fresh one it does not.
         """
-        for left in (2, 1, 0):
-            sending = _Sending()
-            try:
-                return await session.post(
-                    url,
-                    data=data,
-                    headers={**self._headers, **tracing.outgoing(url)},
-                    allow_redirects=False,
-                    trace_request_ctx=sending,
-                )
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
-                if not (left and sending.reused):
-                    raise self._unreached(error) from error
-                tracing.record_resent()
-            except (aiohttp.ClientError, OSError) as error:
-                raise self._unreached(error) from error
-        raise AssertionError("the last round returns or raises")
-
-    async def _bytes(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+        if self._client is None:
+            raise RuntimeError(f"{self._who} is not open")
+        path = self._paths.get(route) if not at_root else None
         try:
-            async for chunk in response.content.iter_any():
-                yield chunk
-        except (aiohttp.ClientError, OSError) as error:
+            response = await self._client.send(
+                path or _path(self._base, route, at_root=at_root),
+                orjson.dumps(body),
+                more=tracing.outgoing(self._origin),
+                whole=whole,
+                resent=tracing.record_resent,
+            )
+        except (Unreached, NotInTime) as error:
+            raise self._unreached(error) from error
+        if response.status != 200:
+            try:
+                raise await self._refused(response, route)
+            finally:
+                response.release()
+        return response
+
+    async def _block(self, response: Response) -> bytes:
+        try:
+            return await response.block()
+        except Cut as error:
             raise UpstreamBroken(
                 f"{self._who}: {self.address} broke the connection off in the middle of its answer", code=_CUT
             ) from error
+        except Encoded as error:
+            raise self._broken(f"sent its answer in the encoding {str(error)!r}, which was not asked for") from error
 
-    def _unreached(self, error: Exception) -> UpstreamError:
-        if isinstance(error, TimeoutError):
+    def _unreached(self, error: Unreached | NotInTime) -> UpstreamError:
+        if isinstance(error, NotInTime):
             return UpstreamTimeout(
                 f"{self._who}: no connection to {self.address} within {self._connect_timeout:g} s; is it up, and is "
                 f"upstreams.{self.name}.base_url right?"
             )
-        if isinstance(error, aiohttp.InvalidURL):
-            return UpstreamUnreachable(f"upstreams.{self.name}.base_url is no address that can be asked")
-        if isinstance(error, aiohttp.ClientConnectorDNSError):
-            why, check = "no such host", "the host's name"
-        elif isinstance(error, (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError)):
-            why, check = f"TLS failed ({scrubbed(str(error), self._secrets)[:200]})", "the certificate and the scheme"
-        elif isinstance(error, (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)):
-            why, check = "the proxy of the environment does not connect", "HTTPS_PROXY and NO_PROXY"
-        elif isinstance(error, aiohttp.ClientConnectorError):
-            why, check = (error.os_error.strerror or "not connected"), "that the server is up and the port right"
-        elif isinstance(error, aiohttp.ClientResponseError):
-            why, check = "it does not answer in HTTP", "that the address is an HTTP server's"
-        else:
-            why, check = "the connection was closed before an answer", "that the server has not stopped"
+        why = scrubbed(error.why, self._secrets)[:200]
         return UpstreamUnreachable(
-            f"{self._who}: {self.address} is not reached: {why}; check {check} (upstreams.{self.name}.base_url)"
+            f"{self._who}: {self.address} is not reached: {why}; check {error.check} (upstreams.{self.name}.base_url)"
         )
 
-    async def _refused(self, response: aiohttp.ClientResponse, route: str) -> UpstreamError:
-        data = await self._read(response)
+    async def _refused(self, response: Response, route: str) -> UpstreamError:
+        try:
+            data = await self._read(response)
+        except UpstreamBroken as error:
+            if not isinstance(error.__cause__, Encoded):
+                raise
+            data = b""  # That it refuses, and why, is told by its status already.
         if 300 <= response.status < 400:
             place = urlsplit(response.headers.get("location", ""))
             return UpstreamError(
@@ -533,20 +505,24 @@ class OpenAIUpstream:
         if (refusal := embedded_error(body)) is not None:
             raise self._error(refusal)
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        data = bytearray()
-        async with aclosing(self._bytes(response)) as chunks:
-            async for chunk in chunks:
-                data += chunk
-                if len(data) > BODY_LIMIT:
-                    raise self._broken(f"sent more than {BODY_LIMIT >> 20} MiB for one answer")
-        return bytes(data)
+    async def _read(self, response: Response) -> bytes:
+        data = await self._block(response)
+        if not response.ended:
+            parts, size = [data], len(data)
+            while data and size <= BODY_LIMIT:
+                data = await self._block(response)
+                parts.append(data)
+                size += len(data)
+            data = b"".join(parts)
+        if len(data) > BODY_LIMIT:
+            raise self._broken(f"sent more than {BODY_LIMIT >> 20} MiB for one answer")
+        return data
 
-    def _json(self, data: bytes, response: aiohttp.ClientResponse) -> dict[str, Any]:
+    def _json(self, data: bytes, response: Response) -> dict[str, Any]:
         body = self._object(data)
         if body is None:
             raise self._broken(
-                f"sent {response.content_type} that is no JSON object (HTTP 200); does "
+                f"sent {response.content_type or 'something'} that is no JSON object (HTTP 200); does "
                 f"upstreams.{self.name}.base_url end where the API begins, as in .../v1?"
             )
         self._look_for_error(body)
@@ -565,22 +541,97 @@ _Measured: TypeAlias = tuple[Sequence[TokenLogprob], Mapping[str, Any]]
 _Way: TypeAlias = Callable[[str, str], Awaitable[_Measured]]
 
 
-@dataclass(slots=True)
-class _Sending:
-    """One request on its way."""
+class Stream:
+    """A stream as it is taken in: what each block brings is put together, and passed on at once.
 
-    reused: bool = False
-    """Whether it went out on a connection that had been used before."""
+    `look_for_error` raises UpstreamError on an event that is one.
+    """
+
+    __slots__ = ("_begun", "_emit", "_events", "_look_for_error", "_usage_asked", "_verbatim", "assembly", "done")
+
+    def __init__(self, terms: Terms, emit: Emit, look_for_error: Callable[[Mapping[str, Any]], None]) -> None:
+        self.assembly = Assembly()
+        self.done = False
+        """Whether it has said that it is."""
+        self._look_for_error = look_for_error
+        self._emit = emit
+        self._verbatim = terms.verbatim
+        self._usage_asked = terms.usage_asked
+        self._events = Events(EVENT_LIMIT)
+        self._begun = False
+
+    async def take(self, block: bytes) -> None:
+        """Take a block in; an empty one is the end, which some servers do not write."""
+        events = self._events.feed(block) if block else self._events.end()
+        if self._verbatim is None:
+            for data in events:
+                if not data.startswith(b"{") and self._says_nothing(data):
+                    continue
+                if self.done:
+                    break
+                delta = self._added(data)
+                if delta is not None:
+                    await self._emit(delta)
+        else:
+            await self._pass_on(events, block if self._events.plain else b"", self._verbatim)
+
+    async def _pass_on(self, events: list[bytes], block: bytes, verbatim: Callable[[bytes], Awaitable[None]]) -> None:
+        """`block` is the bytes of just these events, where they came as we would write them."""
+        shown: list[bytes] = []
+        failed: Exception | None = None
+        assembly = self.assembly
+        try:
+            for data in events:
+                if not data.startswith(b"{") and self._says_nothing(data):
+                    continue
+                if self.done:
+                    break
+                usage = assembly.usage
+                self._added(data)
+                # We ask every stream for its usage; a client that did not is not shown the chunk that brings it.
+                if self._usage_asked or assembly.usage is usage or not _is_usage_alone(data):
+                    shown.append(data)
+        except (UpstreamError, _Unreadable) as error:
+            # What came before it has come all the same.
+            failed = error
+        if shown:
+            await verbatim(block if block and len(shown) == len(events) else b"".join(map(_framed, shown)))
+            if not self._begun:
+                # Something has left, even if it brought no text: the call is not to be made again.
+                self._begun = True
+                await self._emit(Delta())
+        if failed is not None:
+            raise failed
+
+    def _says_nothing(self, data: bytes) -> bool:
+        """Whether the event is none: empty, the last, or after it."""
+        said = data.strip()
+        self.done = self.done or said == b"[DONE]"
+        return self.done or not said
+
+    def _added(self, data: bytes) -> Delta | None:
+        """Read an event, and what it adds."""
+        try:
+            chunk: Any = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            chunk = None
+        if not isinstance(chunk, dict):
+            raise _Unreadable("an event is not a JSON object")
+        if "error" in chunk:
+            self._look_for_error(cast("dict[str, Any]", chunk))
+        try:
+            return self.assembly.add(cast("dict[str, Any]", chunk))
+        except ValueError as error:
+            raise _Unreadable(str(error)) from error
 
 
-def _noting_reuse() -> aiohttp.TraceConfig:
-    async def reused(_: aiohttp.ClientSession, context: Any, __: object) -> None:
-        if isinstance(context.trace_request_ctx, _Sending):
-            context.trace_request_ctx.reused = True
+def _is_usage_alone(data: bytes) -> bool:
+    return not orjson.loads(data).get("choices")
 
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(reused)
-    return trace
+
+def _framed(data: bytes) -> bytes:
+    """An event as bytes of a stream."""
+    return b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n"
 
 
 class _Unreadable(ValueError):
@@ -610,17 +661,13 @@ def _as_delta(choice: Mapping[str, Any]) -> dict[str, Any]:
     return message
 
 
-def _is_usage_alone(data: bytes) -> bool:
-    chunk = orjson.loads(data)
-    return isinstance(chunk, dict) and not cast("dict[str, Any]", chunk).get("choices")
-
-
 class Events:
     """The `data` of server-sent events (HTML standard, 9.2.6), out of bytes that may be cut anywhere.
 
     Lines end by CRLF, LF or CR; comments and other fields are passed over, as no reply depends on them. Works on bytes,
     so a character cut in two is whole again before it is read. `limit`, in bytes, bounds an event; beyond it
-    _Unreadable is raised, a ValueError.
+    _Unreadable is raised, a ValueError. `plain` says of the last feed that its bytes were whole events and nothing
+    else, written as most servers do: `data: `, one line, a blank line.
     """
 
     def __init__(self, limit: int) -> None:
@@ -630,9 +677,17 @@ class Events:
         self._data: list[bytes] = []
         self._size = 0
         self._begun = False
+        self.plain = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that the chunk completes."""
+        self.plain = False
+        if not self._size and chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and b"\r" not in chunk:
+            ends = chunk.count(b"\n")
+            events = [chunk[6:-2]] if ends == 2 else chunk[6:-2].split(b"\n\ndata: ")
+            if ends == 2 * len(events) and len(chunk) <= self._limit:
+                self._begun = self.plain = True
+                return events
         self._size += len(chunk)
         if b"\n" not in chunk and b"\r" not in chunk and not (self._parts and self._parts[-1].endswith(b"\r")):
             self._parts.append(chunk)
@@ -678,21 +733,6 @@ class Events:
             raise _Unreadable(f"an event of more than {self._limit} bytes")
 
 
-async def _once(data: bytes) -> AsyncGenerator[bytes]:
-    yield data
-
-
-async def _drain(response: aiohttp.ClientResponse) -> None:
-    """Take in the end of the body, which is on its way, so that the connection can be used again."""
-    if response.content.at_eof():
-        return
-    with suppress(TimeoutError, aiohttp.ClientError, OSError):
-        # A server that keeps the connection open after its last word only costs us that connection.
-        async with asyncio.timeout(0.1):
-            async for _ in response.content.iter_any():
-                pass
-
-
 def _provable(ask: Callable[_P, Awaitable[_T]]) -> Callable[_P, Awaitable[_T]]:
     """A refusal, a missing route or a strange answer says that it cannot be done, which `proven` wants as ValueError.
 
@@ -735,11 +775,13 @@ def _split(name: str, base_url: str) -> SplitResult:
     return base
 
 
-def _url(base: SplitResult, route: str, *, at_root: bool = False) -> str:
+def _path(base: SplitResult, route: str, *, at_root: bool = False) -> str:
+    """Path and query, as the request line has them."""
     path = base.path.rstrip("/")
     if at_root:
         path = path.removesuffix("/v1")
-    return urlunsplit((base.scheme, base.netloc, path + route, base.query, ""))
+    query = f"?{quote(base.query, safe=_QUOTED)}" if base.query else ""
+    return quote(path, safe=_QUOTED) + route + query
 
 
 def _address(base: SplitResult) -> str:
@@ -754,21 +796,41 @@ def _normal(base: SplitResult) -> str:
     return _address(base) + base.path.rstrip("/")
 
 
-def _proxy_of(base: SplitResult) -> tuple[str | None, aiohttp.BasicAuth | None]:
-    """The proxy that the environment names for the address (HTTPS_PROXY, NO_PROXY and the like), and its password.
+def _proxy_of(base: SplitResult) -> SplitResult | None:
+    """The proxy that the environment names for the address (HTTPS_PROXY, NO_PROXY and the like).
 
-    Read here and not by aiohttp, whose reading of the environment takes ~/.netrc in too, which collides with our key.
     A proxy is for the way out, so an address on this machine has none.
     """
     host = base.hostname or ""
     if host in ("localhost", "::1") or host.startswith("127.") or proxy_bypass(host):
-        return None, None
+        return None
     proxies = getproxies()
     found = urlsplit(proxies.get(base.scheme) or proxies.get("all") or "")
-    if found.scheme not in ("http", "https") or not found.hostname:
-        return None, None
-    auth = aiohttp.BasicAuth(unquote(found.username), unquote(found.password or "")) if found.username else None
-    return _address(found), auth
+    return found if found.scheme in ("http", "https") and found.hostname else None
+
+
+def _proxied() -> type[ProxiedClient]:
+    """aiohttp takes a while to be imported, and is of use only where there is a proxy."""
+    from asmodel_plugins.openai_proxied import ProxiedClient
+
+    return ProxiedClient
+
+
+def _authorization(key: str, base: SplitResult) -> dict[str, str]:
+    """By our key, or else by the name and password in the address."""
+    if key:
+        return {"authorization": f"Bearer {key}"}
+    if base.username is None:
+        return {}
+    pair = f"{unquote(base.username)}:{unquote(base.password or '')}"
+    return {"authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+
+
+def _checked_headers(name: str, headers: Mapping[str, str]) -> dict[str, str]:
+    try:
+        return dict(checked(header, value) for header, value in headers.items())
+    except ValueError as error:
+        raise ConfigurationError(f"upstreams.{name}.headers: {error}") from None
 
 
 def _checked_key(name: str, api_key: str | None) -> str:

@@ -7,6 +7,7 @@ origin, and must say `application/json`, which a page cannot send across origins
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -82,15 +83,24 @@ def is_loopback(host: str) -> bool:
 
 
 def _local(headers: Mapping[str, str]) -> None:
-    host = headers.get("host", "")
-    if not is_loopback(_hostname(f"//{host}")):
+    if not _is_local(f"//{headers.get('host', '')}"):
         raise Forbidden(
             "without keys this server answers only under a local name (localhost, 127.0.0.1); "
             "to serve others, set [keys] and bind another address"
         )
     origin = headers.get("origin")
-    if origin is not None and not is_loopback(_hostname(origin)):
+    if origin is not None and not _is_local(origin):
         raise Forbidden("without keys this server does not answer pages of other origins")
+
+
+def _is_local(address: str) -> bool:
+    # What is longer is none, and is not to be remembered.
+    return len(address) < 300 and _known_local(address)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_local(address: str) -> bool:
+    return is_loopback(_hostname(address))
 
 
 def _hostname(address: str) -> str:

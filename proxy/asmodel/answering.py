@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from asmodel.calls import Delta, Emit
 from asmodel.errors import InvalidRequest, ProgramError
 from asmodel.gathering import gather
+from asmodel.ids import new_id
 from asmodel.service import Job, Outcome, Service, stopping
 
 Event = tuple[int, Delta] | bytes
@@ -32,7 +32,7 @@ class Answering:
 
     def __init__(self, service: Service, job: Job, *, stream: bool, grace: float = 0.0) -> None:
         self.job = job
-        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.id = f"chatcmpl-{new_id(96)}"
         self.created = int(time.time())
         self.events: list[Event] = []
         self.ended = False

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -18,24 +18,28 @@ from urllib.parse import urlsplit
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asmodel import __version__, trace_content, tracing
 from asmodel.access import Access
+from asmodel.admission import Admitted
 from asmodel.chat import ChatCompletions
 from asmodel.errors import AsmodelError, ConfigurationError, InvalidRequest
 from asmodel.exchange import Enveloped
 from asmodel.folders import load_folders
+from asmodel.leading import Led
 from asmodel.measuring import Measured, MetricsPage
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.metrics import Metrics, folder_of_workers, reporting
 from asmodel.models import Models, Preset, ServedProgram
 from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
-from asmodel.protocols import Cache, Lasting, Openable, Upstream
+from asmodel.protocols import Cache, Lasting, Offering, Openable, Upstream
 from asmodel.recording import Recordings, default_folder
 from asmodel.routes import ModelList, Probe, alive, not_there, readiness
 from asmodel.service import Service
-from asmodel.settings import CacheSettings, Settings, UpstreamSettings
+from asmodel.settings import CacheSettings, Settings, ToolSettings, UpstreamSettings
+from asmodel.tools import Tool
 from asmodel.upstreams import Cached, Flights, Limited, Metered, Price, Retried, Routed, Timed
 
 if TYPE_CHECKING:
@@ -62,6 +66,8 @@ class Parts:
     metrics: Metrics
     providers: Mapping[str, Upstream]
     """The plug-ins themselves, by upstream."""
+    tools: Mapping[str, Offering] = field(default_factory=dict[str, Offering])
+    """And those that offer the tools of the settings."""
     redact: Redactor | None = None
     """What each text goes through before it is recorded, where content is."""
 
@@ -83,8 +89,9 @@ class Parts:
                 await store.open()
 
     async def open_upstreams(self) -> None:
-        """Open every upstream, side by side, which may take seconds; then the service answers."""
-        await asyncio.gather(*(p.open() for p in self.providers.values() if isinstance(p, Openable)))
+        """Open every upstream and tool, side by side, which may take seconds; then the service answers."""
+        things: list[object] = [*self.providers.values(), *self.tools.values()]
+        await asyncio.gather(*(thing.open() for thing in things if isinstance(thing, Openable)))
         self.service.ready.set()
 
     async def open(self) -> None:
@@ -92,7 +99,7 @@ class Parts:
         await self.open_upstreams()
 
     async def close(self) -> None:
-        things: list[object] = [*self.providers.values(), self.journals, self.store]
+        things: list[object] = [*self.tools.values(), *self.providers.values(), self.journals, self.store]
         closing = [thing.close() for thing in things if isinstance(thing, Openable)]
         for failed in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(failed, BaseException):
@@ -132,18 +139,33 @@ def _provider(name: str, settings: UpstreamSettings, where: str) -> Upstream:
     return cast("Upstream", made)
 
 
+def _tool(name: str, settings: ToolSettings) -> Offering:
+    """Raises ConfigurationError where the plug-in offers no tool, or one that must not be done twice."""
+    where = f"tools.{name}"
+    made = make("tools", settings.kind, settings.options, where=where, beside=ToolSettings.model_fields, name=name)
+    offered = getattr(made, "tool", None)
+    if not isinstance(offered, Tool):
+        raise ConfigurationError(f'{where}: the plug-in "{settings.kind}" offers no tool')
+    if cast("Tool[..., Any]", offered).effect:
+        raise ConfigurationError(
+            f"{where}: its tool has effects, and a program's effects are declared in its own code (@tool(effect=True))"
+        )
+    return cast("Offering", made)
+
+
 def onion(
     providers: Mapping[str, Upstream],
     settings: Mapping[str, UpstreamSettings],
     store: Cache | None,
     meter: Meter = UNMEASURED,
 ) -> dict[str, Upstream]:
-    """Wrap each provider: Cached > Routed > Metered > Retried > Limited > Timed > provider."""
+    """Wrap each provider: Cached > Routed > Metered > Retried > Led > Limited > Timed > provider."""
     called: dict[str, Upstream] = {}
     for name, s in settings.items():
         timed = Timed(providers[name], name=name, first_byte=s.first_byte_timeout, total=s.timeout)
         limited = Limited(timed, slots=s.concurrency, name=name, meter=meter)
-        retried = Retried(limited, retries=s.retries, name=name, meter=meter)
+        # Inside of what tries again, so that what an unwanted stream has brought does not forbid it.
+        retried = Retried(Led(limited), retries=s.retries, name=name, meter=meter)
         base_url, model = str(s.options.get("base_url") or ""), str(s.options.get("model") or s.kind)
         address = urlsplit(base_url).netloc or None
         provider = model.partition("/")[0] if s.kind == "litellm" and "/" in model else s.kind
@@ -161,12 +183,12 @@ def onion(
         )
     # One book of what is in flight: two names of one model buy one answer.
     flights = Flights()
-    return {
-        name: Cached(
-            Routed([called[name], *(called[equal] for equal in s.equals)], meter=meter), store, flights, meter=meter
-        )
-        for name, s in settings.items()
-    }
+    made: dict[str, Upstream] = {}
+    for name, s in settings.items():
+        equals = [called[name], *(called[equal] for equal in s.equals)]
+        inner = Routed(equals, meter=meter) if len(equals) > 1 else equals[0]
+        made[name] = Cached(inner, store, flights, meter=meter)
+    return made
 
 
 def _cache(settings: CacheSettings) -> Cache | None:
@@ -209,6 +231,7 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
     upstreams = settings.effective_upstreams
     providers = {name: _provider(name, s, f"upstreams.{name}") for name, s in upstreams.items()}
     programs = all_programs(settings.program_folders)
+    tools = {name: _tool(name, s) for name, s in settings.tools.items()}
     store = _cache(settings.cache)
     made: object = store
     journals: Cache | None = None
@@ -228,6 +251,7 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
         roles=settings.roles,
         program_roles={name: p.roles for name, p in settings.programs.items()},
         program_params={name: p.params for name, p in settings.programs.items()},
+        tools={name: offering.tool for name, offering in tools.items()},
         store=store,
         meter=metrics,
         witness=recordings,
@@ -264,7 +288,23 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
         journals=journals,
         metrics=metrics,
         providers=providers,
+        tools=tools,
     )
+
+
+class Shortcut:
+    """An application some of whose routes, by method and path, are found without asking it.
+
+    What Starlette does for each request is as much work as the whole of a cached answer.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Mapping[tuple[str, str], ASGIApp]) -> None:
+        self._app = app
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        await (found or self._app)(scope, receive, send)
 
 
 def create_app(
@@ -272,12 +312,13 @@ def create_app(
     *,
     parts: Parts | None = None,
     on_open: Callable[[], None] | None = None,
+    on_ready: Callable[[], None] | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
-) -> Starlette:
+) -> Measured:
     """The ASGI application. Its lifespan opens what the settings name and closes it.
 
-    `on_open` is called when connections may come; `on_failure` with what cannot be opened, after which nothing is
-    answered and the server should end. Without it, the log says so.
+    `on_open` is called when connections may come, `on_ready` when every upstream is open; `on_failure` with what cannot
+    be opened, after which nothing is answered and the server should end. Without it, the log says so.
     """
     parts = parts or build(settings, metrics_folder=folder_of_workers(os.environ))
     service, metrics = parts.service, parts.metrics
@@ -296,8 +337,12 @@ def create_app(
             log.error("cannot serve: %s", error)
 
     def opened(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
             failed(error)
+        elif on_ready is not None:
+            on_ready()
 
     @asynccontextmanager
     async def answering(app: Starlette) -> AsyncGenerator[None]:
@@ -373,6 +418,12 @@ def create_app(
     # What is not there is said in the envelope, never redirected to what may be meant.
     app.router.redirect_slashes = False
     app.add_middleware(Enveloped)
-    paths = [route.path for route in app.routes if isinstance(route, Route)]
-    app.add_middleware(Measured, metrics=metrics, paths=paths)
-    return app
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    admitted = Admitted(
+        Shortcut(app, {("POST", "/v1/chat/completions"): Enveloped(chat)}),
+        requests=limits.in_flight,
+        body_bytes=limits.in_flight_bytes,
+        largest=limits.body_bytes,
+        meter=metrics,
+    )
+    return Measured(admitted, metrics, routes)

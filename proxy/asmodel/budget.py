@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from asmodel.calls import Usage
 from asmodel.errors import DeadlineExceeded, LimitExceeded
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,8 @@ class Limits:
 
     def tightened(self, other: Limits) -> Limits:
         """The lower of both bounds, one by one: a request may tighten what the settings say, never widen it."""
+        if other.calls is None and other.tokens is None and other.cost is None and other.seconds is None:
+            return self
 
         def lower(a: float | None, b: float | None) -> float | None:
             return b if a is None else a if b is None else min(a, b)
@@ -89,21 +95,45 @@ class Budget:
             raise DeadlineExceeded(f"the run has taken the {limits.seconds:g} s it may take", param="seconds")
         self.calls += 1
 
-    @contextmanager
-    def asking(self) -> Generator[None, None, None]:
+    def asking(self) -> AbstractContextManager[object]:
         """Around a call to an upstream, its retries and its time in the queue."""
+        return _Asking(self)
+
+    def ask(self) -> None:
+        """An upstream is being waited for, until `asked`."""
         if self._asking == 0:
             self._since = time.monotonic()
         self._asking += 1
-        try:
-            yield
-        finally:
-            self._asking -= 1
-            if self._asking == 0:
-                self.upstream_seconds += time.monotonic() - self._since
+
+    def asked(self) -> None:
+        self._asking -= 1
+        if self._asking == 0:
+            self.upstream_seconds += time.monotonic() - self._since
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which at least one upstream was being waited for, up to now."""
+        return self.upstream_seconds + (time.monotonic() - self._since if self._asking else 0.0)
 
     def charge(self, usage: Usage, cost: float | None) -> None:
         self.usage += usage
         self.cost = None if cost is None or self.cost is None else self.cost + cost
         if self.late is not None:
             self.late(usage, cost)
+
+
+class _Asking(AbstractContextManager[object]):
+    """Some upstream is being waited for. A class, since a generator costs three times as much."""
+
+    __slots__ = ("_budget",)
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+
+    def __enter__(self) -> None:
+        self._budget.ask()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._budget.asked()

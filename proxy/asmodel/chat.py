@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
-from starlette.datastructures import Headers
+from opentelemetry.trace import Span
 from starlette.types import Receive, Scope, Send
 
 from asmodel import tracing, wire
 from asmodel.access import Access
 from asmodel.answering import Answering, Joined
 from asmodel.budget import Limits
-from asmodel.calls import CachePolicy
-from asmodel.errors import AsmodelError, InvalidRequest, PayloadTooLarge
-from asmodel.exchange import Exchange, Gone, read_body
+from asmodel.calls import CachePolicy, Delta
+from asmodel.errors import AsmodelError, InvalidRequest, PayloadTooLarge, ProgramError
+from asmodel.exchange import Exchange, Gone
+from asmodel.gathering import gather
+from asmodel.ids import new_id
 from asmodel.models import Model, ServedProgram
 from asmodel.progress import Told
 from asmodel.service import Asked, Job, Outcome, Service, stopping
-
-T = TypeVar("T")
+from asmodel.timeouts import Timeouts
 
 OPENS_AFTER = 1.0
 """Seconds until a stream's 200 is sent, if nothing has been answered by then."""
@@ -35,12 +35,14 @@ LINES_A_SECOND = 5
 """How many lines of progress at most."""
 
 
-def cache_policy(headers: Headers, asked: wire.Extension) -> CachePolicy | None:
+def cache_policy(header: str, asked: wire.Extension) -> CachePolicy | None:
     """What the request says of the cache: the body's `asmodel.cache` before the header (RFC 9111, section 5.2.1)."""
     if asked.cache is not None:
         return CachePolicy(mode=asked.cache)
+    if not header:
+        return None
     said: dict[str, str] = {}
-    for directive in ",".join(headers.getlist("cache-control")).lower().split(","):
+    for directive in header.lower().split(","):
         name, _, value = directive.partition("=")
         said[name.strip()] = value.strip().strip('"')
     max_age: float | None = None
@@ -55,6 +57,9 @@ def cache_policy(headers: Headers, asked: wire.Extension) -> CachePolicy | None:
     if "no-cache" in said or max_age == 0:
         return CachePolicy(mode="refresh")
     return None if max_age is None else CachePolicy(max_age=max_age)
+
+
+_NO_LIMITS = Limits()
 
 
 class ChatCompletions:
@@ -83,107 +88,128 @@ class ChatCompletions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
-        with (
-            self._service.under_way(),
-            tracing.start_request(
+        self._service.begin()
+        try:
+            with tracing.start_request(
                 "POST", "/v1/chat/completions", exchange.headers, force=self._access.may_force(exchange.headers)
-            ) as span,
-        ):
-            exchange.span = span
-            outcome = "ok"
-            try:
-                outcome = await self._handle(exchange, receive)
-                tracing.record_response(span, exchange.status)
-            except Gone:
-                outcome = "left"
-                tracing.record_left(span)
-            except AsmodelError as error:
-                outcome = error.code or "error"
-                if isinstance(error, PayloadTooLarge):
-                    self._service.meter.refused("body_bytes")
-                tracing.record_response(span, error.status, error)
-                await exchange.refuse(error, receipt(exchange, exchange.job, []) if exchange.job else None)
-            except asyncio.CancelledError:
-                if not self._service.draining:
-                    raise
-                # The time that running requests had to end is over; their clients are told, and come again.
-                outcome = "cut off"
-                tracing.record_response(span, exchange.status or 503, stopping())
-                tracing.record_error(span, stopping())
-                # Unless it reads nothing, and so cannot be told.
-                await _within(exchange.break_off(stopping()), 1.0)
-            finally:
-                exchange.log(outcome)
+            ) as span:
+                exchange.span = span
+                await self._answered(exchange, span)
+        finally:
+            self._service.end()
 
-    async def _handle(self, exchange: Exchange, receive: Receive) -> str:
-        exchange.caller = self._access.admit(exchange.headers)
-        kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+    async def _answered(self, exchange: Exchange, span: Span) -> None:
+        outcome = "ok"
+        try:
+            outcome = await self._handle(exchange)
+            tracing.record_response(span, exchange.status)
+        except Gone:
+            outcome = "left"
+            tracing.record_left(span)
+        except AsmodelError as error:
+            outcome = error.code or "error"
+            if isinstance(error, PayloadTooLarge):
+                self._service.meter.refused("body_bytes")
+            tracing.record_response(span, error.status, error)
+            await exchange.refuse(error, receipt(exchange, exchange.job, []) if exchange.job else None)
+        except asyncio.CancelledError:
+            if not self._service.draining:
+                raise
+            # The time that running requests had to end is over; their clients are told, and come again.
+            outcome = "cut off"
+            tracing.record_response(span, exchange.status or 503, stopping())
+            tracing.record_error(span, stopping())
+            # Unless it reads nothing, and so cannot be told.
+            await _within(exchange.break_off(stopping()), 1.0)
+        finally:
+            exchange.log(outcome)
+
+    async def _handle(self, exchange: Exchange) -> str:
+        headers = exchange.headers
+        exchange.caller = self._access.admit(headers)
+        kind = headers.get("content-type", "")
+        if kind != "application/json" and kind.partition(";")[0].strip().lower() != "application/json":
             raise InvalidRequest("the body should be sent as `Content-Type: application/json`")
-        body = await read_body(receive, self._body_bytes)
+        body = await exchange.body(self._body_bytes)
         try:
             request = wire.read_chat(body, messages=self._messages)
         except wire.TooManyMessages:
             self._service.meter.refused("messages")
             raise
-        watch = asyncio.ensure_future(exchange.gone())
         try:
-            return await self._answer(exchange, request, body, watch)
+            return await self._answer(exchange, request, body)
         finally:
-            await _end(watch)
+            exchange.when_left(None)
 
     async def close(self) -> None:
         """End the runs that go on for clients who may come back."""
         await self._joined.close()
 
-    async def _answer(
-        self, exchange: Exchange, request: wire.ChatRequest, body: bytes, watch: asyncio.Future[None]
-    ) -> str:
+    async def _answer(self, exchange: Exchange, request: wire.ChatRequest, body: bytes) -> str:
         exchange.model = request.model
         self._check(request)
         model = self._service.models.find(request.model)
+        asked = self._asked(exchange, request, model, body)
+        if asked.identity is not None:
+            answering = await self._joining(exchange, asked, model, body, stream=bool(request.stream))
+        else:
+            with exchange.present():
+                job = exchange.job = await self._service.prepare(model, asked)
+                passes = await self._service.passes_on(job)
+                if not request.stream:
+                    # Nobody else can ask for this run, so it is done here and ends with this request.
+                    return await self._at_once(exchange, job, passes=passes)
+                if passes and await self._service.only_passes_on(job):
+                    return await Passing(exchange, self._service, job).run()
+            answering = Answering(self._service, job, stream=True)
+        job = exchange.job = answering.job
+        if request.stream:
+            progress = self._progress if request.asmodel.progress is None else request.asmodel.progress
+            return await _Stream(exchange, answering, progress=progress and isinstance(model, ServedProgram)).run()
+        async with answering.listening(_nothing):
+            with exchange.present():
+                await asyncio.wait((answering.task,))
+        passed = b"".join(e for e in answering.events if isinstance(e, bytes)) if answering.verbatim else None
+        return await self._whole(exchange, answering.job, answering.id, answering.created, answering.outcomes(), passed)
+
+    def _asked(self, exchange: Exchange, request: wire.ChatRequest, model: Model, body: bytes) -> Asked:
+        headers, extension = exchange.headers, request.asmodel
+        limits = _NO_LIMITS
+        if (given := extension.limits) is not None:
+            limits = Limits(calls=given.calls, tokens=given.tokens, cost=given.cost, seconds=given.seconds)
+        program = isinstance(model, ServedProgram)
         ignored: list[str] = []
         if isinstance(model, ServedProgram):
             wire.refuse_unsupported(request, model.program)
             hints, shape, ignored = wire.split(request, model.program)
         else:
             hints, shape = request.passed_on, {}
-        limits = request.asmodel.limits
-        asked = Asked(
+        return Asked(
             messages=request.conversation,
-            documents=request.texts if isinstance(model, ServedProgram) else (),
+            documents=request.texts if program else (),
             hints=hints,
             shape=shape,
-            params=request.asmodel.params,
-            roles=request.asmodel.roles,
-            limits=Limits(calls=limits.calls, tokens=limits.tokens, cost=limits.cost, seconds=limits.seconds),
-            cache=cache_policy(exchange.headers, request.asmodel),
+            params=extension.params,
+            roles=extension.roles,
+            limits=limits,
+            cache=cache_policy(exchange.all_of("cache-control") if "cache-control" in headers else "", extension),
             scope=exchange.caller.scope,
             n=request.n or 1,
-            stream_asks=request.stream_asks if request.stream and not isinstance(model, ServedProgram) else {},
+            stream_asks=request.stream_asks if request.stream and not program else {},
             ignored=tuple(ignored),
             usage_asked=bool(request.stream_options and request.stream_options.include_usage),
-            identity=identity(exchange.headers),
-            retry=exchange.headers.get("x-stainless-retry-count", "0").strip() not in ("", "0"),
-            digest=hashlib.sha256(body).hexdigest(),
+            identity=identity(headers),
+            retry=headers.get("x-stainless-retry-count", "0").strip() not in ("", "0"),
+            body=body,
         )
-        answering = await self._begun(exchange, asked, model, body, watch, stream=bool(request.stream))
-        exchange.job = answering.job
-        if request.stream:
-            progress = self._progress if request.asmodel.progress is None else request.asmodel.progress
-            return await _Stream(exchange, answering, progress=progress and isinstance(model, ServedProgram)).run(watch)
-        return await self._whole(exchange, answering, watch)
 
-    async def _begun(
-        self, exchange: Exchange, asked: Asked, model: Model, body: bytes, watch: asyncio.Future[None], *, stream: bool
-    ) -> Answering:
-        """The run of this request: a new one, or the one that its Idempotency-Key names."""
-        if asked.identity is None:
-            job = exchange.job = await _unless(watch, self._service.prepare(model, asked))
-            return Answering(self._service, job, stream=stream)
+    async def _joining(self, exchange: Exchange, asked: Asked, model: Model, body: bytes, *, stream: bool) -> Answering:
+        """The run that the request's Idempotency-Key names, begun by this request or by an equal one."""
+        assert asked.identity is not None
         found = self._joined.find(asked.scope, asked.identity, body)
         if found is None:
-            job = exchange.job = await _unless(watch, self._service.prepare(model, asked))
+            with exchange.present():
+                job = exchange.job = await self._service.prepare(model, asked)
             # Asked again, for another may have come first while this one was being prepared.
             found = self._joined.find(asked.scope, asked.identity, body)
             if found is None:
@@ -196,33 +222,52 @@ class ChatCompletions:
             self._service.meter.refused("n")
             raise InvalidRequest(f"`n`: at most {self._n}, not {request.n}", param="n")
 
-    async def _whole(self, exchange: Exchange, answering: Answering, watch: asyncio.Future[None]) -> str:
-        async with answering.listening(_nothing):
-            await asyncio.wait((answering.task, watch), return_when=asyncio.FIRST_COMPLETED)
-            if not answering.task.done():
-                raise Gone
-        outcomes = answering.outcomes()
-        if answering.verbatim:
-            await exchange.send(200, b"".join(e for e in answering.events if isinstance(e, bytes)))
+    async def _at_once(self, exchange: Exchange, job: Job, *, passes: bool) -> str:
+        created = int(time.time())
+        passed: list[bytes] = []
+
+        async def take(data: bytes) -> None:
+            passed.append(data)
+
+        answer, choices = self._service.answer, range(job.asked.n)
+        try:
+            if passes:
+                outcomes = [await answer(job, 0, verbatim=take)]
+                if not passed and len(choices) > 1:
+                    # An equal has answered that does not speak OpenAI's format, and gives one choice at a time.
+                    outcomes += await gather(answer(job, choice) for choice in choices[1:])
+            elif len(choices) == 1:
+                outcomes = [await answer(job, 0)]
+            else:
+                outcomes = await gather(answer(job, choice) for choice in choices)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # It waited for something that it had itself cancelled.
+            raise ProgramError(f'"{job.model.name}" has cancelled itself') from None
+        # From here on it is no use to leave.
+        exchange.when_left(_nothing)
+        id = f"chatcmpl-{new_id(96)}"
+        return await self._whole(exchange, job, id, created, outcomes, b"".join(passed) if passed else None)
+
+    async def _whole(
+        self, exchange: Exchange, job: Job, id: str, created: int, outcomes: list[Outcome], passed: bytes | None
+    ) -> str:
+        if passed is not None:
+            await exchange.send(200, passed)
             return "ok"
-        job = answering.job
         choices = [wire.choice(i, o.answer, o.reply) for i, o in enumerate(outcomes)]
-        body = wire.completion(
-            answering.id,
-            answering.created,
-            exchange.model,
-            choices,
-            tokens(job, outcomes),
-            receipt(exchange, job, outcomes),
-        )
+        told = receipt(exchange, job, outcomes)
+        body = wire.completion(id, created, exchange.model, choices, tokens(job, outcomes), told)
         await exchange.respond(200, body)
-        await _delivered(job, watch)
+        await _delivered(exchange, job)
         return "ok"
 
 
-async def _delivered(job: Job, watch: asyncio.Future[None]) -> None:
+async def _delivered(exchange: Exchange, job: Job) -> None:
     """All of it has been sent, and the client was there."""
-    if job.delivery is not None and not watch.done():
+    if job.delivery is not None and not exchange.left:
         await job.delivery.whole()
 
 
@@ -236,25 +281,6 @@ def identity(headers: Mapping[str, str]) -> str | None:
     if given is not None and not 0 < len(given) <= 255:
         raise InvalidRequest("the Idempotency-Key should have 1 to 255 characters", param="Idempotency-Key")
     return given
-
-
-async def _unless(watch: asyncio.Future[None], work: Coroutine[Any, Any, T]) -> T:
-    """Do the work unless the client leaves meanwhile: then it is cancelled, and Gone is raised once it has ended."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Gone
-        return task.result()
-    finally:
-        await _end(task)
-
-
-async def _end(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel what is not done, and wait until it has ended."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def tokens(job: Job, outcomes: list[Outcome]) -> wire.Json:
@@ -305,6 +331,101 @@ def receipt(exchange: Exchange, job: Job, outcomes: list[Outcome]) -> wire.Json 
     return body
 
 
+class Passing:
+    """A stream that is passed through: the upstream's own bytes, as they come.
+
+    A client that reads slowly makes its upstream wait, once more than `connections.UNREAD_BYTES` are on their way.
+    """
+
+    __slots__ = ("_exchange", "_job", "_opened", "_saying", "_service", "_spoke", "_written")
+
+    def __init__(self, exchange: Exchange, service: Service, job: Job) -> None:
+        self._exchange = exchange
+        self._service = service
+        self._job = job
+        self._opened = False
+        self._written = False
+        self._spoke = 0.0
+        self._saying: asyncio.Task[None] | None = None
+
+    async def run(self) -> str:
+        """Write the stream. Raises AsmodelError where nothing has been sent yet."""
+        exchange = self._exchange
+        _PASSING.begin(self)
+        try:
+            outcome = await self._service.answer(self._job, 0, _unheard, self._take)
+            await self._said()
+        except AsmodelError as error:
+            await self._said()
+            if not self._opened:
+                raise
+            await exchange.write(wire.event(wire.error_body(error)), last=True)
+            if exchange.span is not None:
+                tracing.record_error(exchange.span, error)
+            return error.code or "error"
+        finally:
+            _PASSING.end(self)
+            if self._saying is not None:
+                self._saying.cancel()
+        exchange.when_left(_nothing)
+        if not self._opened:
+            await self._open()
+        # Of an upstream that promised its own bytes and gave none, what it answered.
+        data = wire.DONE if self._written else _as_stream(exchange.model, self._job, outcome)
+        await exchange.write(data, last=True)
+        return "ok"
+
+    async def _take(self, data: bytes) -> None:
+        if self._saying is not None:
+            await self._said()
+        if not self._opened:
+            await self._open()
+        self._written = True
+        self._spoke = time.monotonic()
+        await self._exchange.write(data)
+
+    async def _open(self) -> None:
+        self._opened = True
+        await self._exchange.open_stream()
+
+    def look(self) -> None:
+        """Once a second: whether something should be said that is nobody's, so that the client goes on waiting."""
+        if self._opened and time.monotonic() - self._spoke < KEEP_ALIVE_EVERY:
+            _PASSING.begin(self)
+        else:
+            self._saying = asyncio.get_running_loop().create_task(self._say())
+
+    async def _say(self) -> None:
+        self._spoke = time.monotonic()
+        if not self._opened:
+            await self._open()
+        await self._exchange.write(wire.KEEP_ALIVE)
+        self._saying = None
+        _PASSING.begin(self)
+
+    async def _said(self) -> None:
+        """Wait until what is being said has been said: it would come in the middle of what follows."""
+        if self._saying is not None:
+            await asyncio.wait((self._saying,))
+
+
+_PASSING: Timeouts[Passing] = Timeouts(OPENS_AFTER, Passing.look)
+"""The streams that are passed through just now."""
+
+
+async def _unheard(delta: Delta) -> None:
+    """Of a stream whose bytes are passed on."""
+
+
+def _as_stream(model: str, job: Job, outcome: Outcome) -> bytes:
+    """A whole answer as a stream would have brought it."""
+    id, created, said = f"chatcmpl-{new_id(96)}", int(time.time()), wire.Said()
+    chunks = wire.Chunks(id, created, model, include_usage=job.asked.usage_asked)
+    rest = {"role": "assistant", "content": "", **said.rest(outcome.answer, outcome.reply)}
+    end = chunks.delta(0, {}, wire.finish_reason(outcome.answer), logprobs=wire.logprobs(outcome.reply))
+    return chunks.delta(0, rest) + end + chunks.usage(tokens(job, [outcome])) + wire.DONE
+
+
 class _Stream:
     """One streamed response: what the run has emitted, written at the pace of this client."""
 
@@ -328,10 +449,10 @@ class _Stream:
         self._began = False
         """Whether the roles are written, with which a stream that we put together ourselves begins."""
 
-    async def run(self, watch: asyncio.Future[None]) -> str:
+    async def run(self) -> str:
         """Write the stream. Raises AsmodelError where nothing has been sent yet, or Gone."""
         work = self._answering.task
-        watch.add_done_callback(lambda _: self._stirred.set())
+        self._exchange.when_left(self._stirred.set)
         opens = time.monotonic() + OPENS_AFTER
         spoke = time.monotonic()
         async with self._answering.listening(self._stirred.set):
@@ -342,7 +463,7 @@ class _Stream:
                     due = min(due, rests)
                 await _within(self._stirred.wait(), max(0.0, due))
                 self._stirred.clear()
-                if watch.done() and not work.done():
+                if self._exchange.left and not work.done():
                     raise Gone
                 now = time.monotonic()
                 if not self._opened:
@@ -358,18 +479,12 @@ class _Stream:
                     spoke = now
         outcome = await self._finish()
         if outcome == "ok":
-            await _delivered(self._job, watch)
+            await _delivered(self._exchange, self._job)
         return outcome
 
     async def _open(self) -> None:
-        self._opened = self._exchange.streamed = True
-        headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",  # nginx would hold chunks back
-            **self._exchange.receipt(),
-        }
-        await self._exchange.start(200, headers)
+        self._opened = True
+        await self._exchange.open_stream()
         if not self._passed_on:
             await self._exchange.write(self._roles())
         elif not self._answering.events:

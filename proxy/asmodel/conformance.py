@@ -1,7 +1,8 @@
 """What every plug-in of a kind must do, as checks that anybody's tests can run against theirs.
 
 Each check takes an open store, and raises AssertionError with a sentence that says what was expected. Keys are new ones
-each time, so a store may be shared and may hold other things.
+each time, so a store may be shared and may hold other things. What a store can do beyond `Cache` (`Listable`,
+`Clearable`, `Lockable`, `Lasting`, `Openable`) is checked where it says that it can.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeAlias
 
-from asmodel.protocols import Cache, Listable, Openable
+from asmodel.protocols import Cache, Clearable, Lasting, Listable, Lockable, Openable
 
 CacheCheck: TypeAlias = Callable[[Cache], Awaitable[None]]
 
@@ -178,6 +179,121 @@ async def entries_outlive_the_object(make: Callable[[], Cache]) -> None:
     _same(found, values, "entries must be there after the store was closed and made again")
 
 
+async def what_has_a_tag_can_be_cleared(cache: Cache) -> None:
+    """Of a `Clearable` store only. Nothing is cleared but what was set here: the store may hold other things."""
+    if not isinstance(cache, Clearable):
+        return
+    tag, other = f"clear/{_key()[:8]}", f"clear/{_key()[:8]}"
+    gone, kept = [_key() for _ in range(300)], _key()
+    await asyncio.gather(*(cache.set(key, b"gone", tag=tag) for key in gone), cache.set(kept, b"kept", tag=other))
+    _same([await cache.get(key) for key in gone], [b"gone"] * 300, "what is set must be there before it is cleared")
+    _same(await cache.clear(tag=tag, older_than=3600), 0, "nothing was written over an hour ago, so nothing is cleared")
+    _same(await cache.clear(tag=tag), 300, "`clear` must say how many entries it has deleted")
+    _same([await cache.get(key) for key in gone], [None] * 300, "what was cleared must be missing at once")
+    _same(await cache.get(kept), b"kept", "an entry of another tag must stay")
+    await cache.set(gone[0], b"again", tag=tag)
+    _same(await cache.get(gone[0]), b"again", "what was cleared can be set again")
+    await asyncio.sleep(0.1)
+    _same(await cache.clear(tag=tag, older_than=0.05), 1, "what was written longer ago than `older_than` must go")
+    await cache.clear(tag=other)
+
+
+async def a_lease_has_one_holder(cache: Cache) -> None:
+    """Of a `Lockable` store only."""
+    if not isinstance(cache, Lockable):
+        return
+    for key in (_key(), _key()):
+        async with cache.lease(key) as lease:
+            _same(lease.state, "held", "a lease that nobody holds must be held by who asks for it")
+            async with cache.lease(key) as second:
+                _same(second.state, "taken", "a lease that is held must be taken for the next who asks")
+            async with cache.lease(_key()) as other:
+                _same(other.state, "held", "the leases of two keys must have nothing to do with each other")
+
+
+async def whoever_waits_for_a_lease_goes_on_when_it_ends(cache: Cache) -> None:
+    """Of a `Lockable` store only."""
+    if not isinstance(cache, Lockable):
+        return
+    for note in (None, "it failed: ü\0".encode()):
+        key, entered = _key(), asyncio.Semaphore(0)
+
+        async def follow(key: str, entered: asyncio.Semaphore, store: Lockable) -> bytes | None:
+            async with store.lease(key) as lease:
+                entered.release()
+                return await lease.wait()
+
+        async with cache.lease(key) as lease:
+            waiting = [asyncio.create_task(follow(key, entered, cache)) for _ in range(5)]
+            for _ in waiting:
+                await entered.acquire()
+            await asyncio.sleep(0.1)
+            _true(not any(task.done() for task in waiting), "nobody may go on while a lease is held")
+            if note is not None:
+                lease.leave(note)
+        async with asyncio.timeout(5):
+            told = await asyncio.gather(*waiting)
+        _same(told, [note] * 5, "who waits must be told the note that was left, or None where none was")
+        async with cache.lease(key) as later:
+            _same((later.state, await later.wait()), ("held", None), "who comes later must be told nothing")
+
+
+async def a_lease_is_kept_up_while_it_is_held(cache: Cache) -> None:
+    """Of a `Lockable` store only."""
+    if not isinstance(cache, Lockable):
+        return
+    key = _key()
+    async with cache.lease(key, 0.5), cache.lease(key, 0.5) as lease:
+        try:
+            async with asyncio.timeout(1.5):
+                await lease.wait()
+        except TimeoutError:
+            return
+    _true(False, "a holder that lives must be waited for, for longer than the seconds of the lease")
+
+
+async def one_who_stops_asking_for_a_lease_is_in_nobodys_way(cache: Cache) -> None:
+    """Of a `Lockable` store only."""
+    if not isinstance(cache, Lockable):
+        return
+    key = _key()
+
+    async def ask(store: Lockable) -> None:
+        async with store.lease(key) as lease:
+            await (lease.wait() if lease.state == "taken" else asyncio.sleep(30))
+
+    for delay in (0.0, 0.0005, 0.02):
+        tasks = [asyncio.create_task(ask(cache)) for _ in range(10)]
+        await asyncio.sleep(delay)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    state = ""
+    for _ in range(200):
+        async with cache.lease(key) as lease:
+            state = lease.state
+        if state == "held":
+            return
+        await asyncio.sleep(0.025)
+    _same(state, "held", "a lease whose askers were all cancelled must be free after 5 s at the latest")
+
+
+async def what_lasts_is_a_store_by_itself(cache: Cache) -> None:
+    """Of a `Lasting` store only."""
+    if not isinstance(cache, Lasting):
+        return
+    key, tag = _key(), f"lasting/{_key()[:8]}"
+    async with opened(cache.lasting()) as beside:
+        await beside.set(key, b"begun", tag=tag)
+        await beside.set(key, b"done", tag=tag)
+        _same(await beside.get(key), b"done", "what is to last must be there as it was set last")
+        _same(await cache.get(key), None, "what is to last must be in a store of its own")
+        await cache.set(key, b"an answer", tag=tag)
+        if isinstance(cache, Clearable):
+            await cache.clear(tag=tag)
+        _same(await beside.get(key), b"done", "what is to last must stay, whatever becomes of the store beside it")
+
+
 CACHE_CHECKS: tuple[CacheCheck, ...] = (
     a_value_comes_back_as_it_was,
     an_unknown_key_is_missing,
@@ -192,6 +308,12 @@ CACHE_CHECKS: tuple[CacheCheck, ...] = (
     many_sets_at_once_all_arrive,
     a_cancelled_set_leaves_the_store_working,
     entries_are_listed,
+    what_has_a_tag_can_be_cleared,
+    a_lease_has_one_holder,
+    whoever_waits_for_a_lease_goes_on_when_it_ends,
+    a_lease_is_kept_up_while_it_is_held,
+    one_who_stops_asking_for_a_lease_is_in_nobodys_way,
+    what_lasts_is_a_store_by_itself,
     a_store_may_be_opened_again,
 )
 """One by one, for a parametrised test."""

@@ -1,17 +1,24 @@
 """HTTP connections that cannot be held against the server: headers have a size, an end, and a time to come.
 
 uvicorn reads HTTP/1.1 and sets none of these bounds (0.54): a header that never ends fills the memory, and a connection
-that says nothing is kept for ever.
+that says nothing is kept for ever. Its timers are one a request, and its responses are checked name by name; both are
+done here at a tenth of the cost.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from asmodel.timeouts import Timeouts
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application, ASGISendEvent
 
 HEADER_BYTES = 65_536
 """Of a request's line and headers together; nginx takes half, and no client sends a tenth."""
@@ -21,27 +28,146 @@ HEADER_SECONDS = 30.0
 """Until a request's headers have come to their end, from its first byte or, on a new connection, from the start."""
 LATE_BYTES = 64_000_000
 """Of a body that goes on after it was answered, before the connection is closed."""
+UNREAD_BYTES = 512 * 1024
+"""Of an answer that a client has not taken yet, before its upstream is made to wait: more than nearly any answer is, so
+that a client that reads slowly does not hold an upstream's slot."""
+
+SMALL = 65_536
+"""Bytes of a body that may be taken at once; what is larger is received, and counted by whoever counts."""
+
+EXTENSION = "asmodel.connection"
+"""Of the ASGI scope: the `Cycle`, which can say at once what ASGI's `receive` has to be awaited for."""
+
+
+class Cycle(RequestResponseCycle):
+    """One request on a connection, and its response."""
+
+    _left: Callable[[], None] | None = None
+    _head = b""
+    """Of the response, until the first of its body follows."""
+
+    def whole_body(self) -> bytes | None:
+        """The body, if all of it is here and it is small; None where it must be received. For the first to ask."""
+        if self.more_body or len(self.body) > SMALL or self.waiting_for_100_continue or self.disconnected:
+            return None
+        body = bytes(self.body)
+        self.body = bytearray()
+        self.message_event.clear()
+        return body
+
+    def when_left(self, left: Callable[[], None] | None) -> None:
+        """Call `left` once the client has left, instead of whoever was to be called before."""
+        self._left = left
+        if left is not None and self.disconnected:
+            asyncio.get_running_loop().call_soon(self.leave)
+
+    def leave(self) -> None:
+        """The client has left."""
+        self.disconnected = True
+        self.message_event.set()
+        if self._left is not None:
+            self._left()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        if message["type"] == "http.response.start":
+            if self.response_started:
+                raise RuntimeError("a response has one start")
+            self._start(message["status"], cast("Sequence[tuple[bytes, bytes]]", message.get("headers", ())))
+        elif message["type"] == "http.response.body":
+            if not self.response_started or self.response_complete:
+                raise RuntimeError("the body of a response comes after its start and before its end")
+            self._go_on(message.get("body", b""), more=message.get("more_body", False))
+        else:
+            raise RuntimeError(f"a response is not made of {message['type']}")
+
+    def _start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        lines = [_STATUS_LINES[status]]
+        lines += [b"%b: %b" % header for header in self.default_headers]
+        lines += [b"%b: %b" % header for header in headers]
+        length: int | None = None
+        for name, value in headers:
+            if name == b"content-length":
+                length = int(value)
+            elif name == b"connection" and b"close" in value.lower():
+                self.keep_alive = False
+        if not self.keep_alive:
+            lines.append(b"connection: close")
+        self.chunked_encoding = False
+        if length is not None:
+            self.expected_content_length = length
+        elif self.scope["method"] != "HEAD" and status not in (204, 304):
+            self.chunked_encoding = True
+            lines.append(b"transfer-encoding: chunked")
+        head = b"\r\n".join(lines)
+        # One look at all of them: no header may end its line, and so begin another.
+        if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1 or b"\0" in head:
+            raise RuntimeError("a header of the response holds the end of a line")
+        # Written with what follows it: a call of the kernel costs as much as all of this.
+        self._head = head + b"\r\n\r\n"
+
+    def _go_on(self, body: bytes, *, more: bool) -> None:
+        if self.scope["method"] == "HEAD":
+            self.expected_content_length, body = 0, b""
+        elif self.chunked_encoding:
+            body = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            if not more:
+                body += b"0\r\n\r\n"
+        else:
+            self.expected_content_length -= len(body)
+            if self.expected_content_length < 0:
+                raise RuntimeError("a response is longer than its content-length")
+        if self._head:
+            body, self._head = self._head + body, b""
+        if body:
+            self.transport.write(body)
+        if more:
+            return
+        if self.expected_content_length:
+            raise RuntimeError("a response is shorter than its content-length")
+        self.response_complete = True
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+
+
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in HTTPStatus if status >= 200
+}
 
 
 class Connection(HttpToolsProtocol):
     """One connection, as uvicorn serves it, within bounds."""
 
-    _patience: asyncio.TimerHandle | None = None
     _heading = 0
     """Bytes of what is being read of a request's head, counted by the packet."""
     _in_head = False
     _in_body = False
     _late = 0
+    _running: Cycle | None = None
+    """The request that is being answered; those that a client has sent on without waiting are in the pipeline."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
+        transport.set_write_buffer_limits(UNREAD_BYTES)
+        _HEADS.begin(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        _HEADS.end(self)
+        _IDLE.end(self)
         super().connection_lost(exc)
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.leave()
 
     def data_received(self, data: bytes) -> None:
+        _IDLE.end(self)
         behind_a_body = self._in_body
         super().data_received(data)
         if not self._in_head or behind_a_body:
@@ -50,26 +176,40 @@ class Connection(HttpToolsProtocol):
         self._heading += len(data)
         if self._heading > HEADER_BYTES:
             self._refuse(431, "the request's headers are larger than this server takes")
+        elif len(self.headers) > HEADERS:
+            self._refuse_headers()
+        else:
+            _HEADS.keep(self)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
         self._heading = 0
         self._late = 0
-        if self._patience is None:
-            self._await_head()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        if len(self.headers) > HEADERS:
-            self._refuse(431, f"a request may have {HEADERS} headers")
-            raise ValueError  # Ends the parser; by then the connection is closing.
 
     def on_headers_complete(self) -> None:
+        if len(self.headers) > HEADERS:
+            self._refuse_headers()
+            raise ValueError  # Ends the parser; by then the connection is closing.
         self._in_head = False
         self._in_body = True
-        self._stop_waiting()
+        _HEADS.end(self)
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        # uvicorn makes its own kind of cycle; ours differs in what it does and not in what it holds.
+        cycle.__class__ = Cycle
+        self._running = running = cast("Cycle", cycle)
+        cast("dict[str, Any]", cycle.scope)["extensions"] = {EXTENSION: running}
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        if self.pipeline or self.transport.is_closing():
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        self.flow.resume_reading()
+        _IDLE.begin(self)
 
     def on_body(self, body: bytes) -> None:
         if self.cycle.response_complete:
@@ -92,22 +232,17 @@ class Connection(HttpToolsProtocol):
         cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first request.
         return cycle is not None and not cycle.response_complete
 
-    def _await_head(self) -> None:
-        self._patience = self.loop.call_later(HEADER_SECONDS, self._out_of_patience)
-
-    def _stop_waiting(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
-
-    def _out_of_patience(self) -> None:
-        self._patience = None
+    def out_of_patience(self) -> None:
+        """The head of a request has not come to its end in time."""
         if self._answering:
-            self._await_head()
+            _HEADS.begin(self)
         elif self._in_head:
             self._refuse(408, "the request's headers have not come to their end in time")
         else:
             self.transport.close()
+
+    def _refuse_headers(self) -> None:
+        self._refuse(431, f"a request may have {HEADERS} headers")
 
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
@@ -125,3 +260,11 @@ class Connection(HttpToolsProtocol):
 
 
 _CODES = {400: "bad_http", 408: "headers_timeout", 431: "headers_too_large"}
+
+KEEP_ALIVE_SECONDS = 5.0
+"""How long a connection may be silent between two requests."""
+
+_HEADS: Timeouts[Connection] = Timeouts(HEADER_SECONDS, Connection.out_of_patience)
+"""Connections of which the head of a request is awaited."""
+_IDLE: Timeouts[Connection] = Timeouts(KEEP_ALIVE_SECONDS, Connection.timeout_keep_alive_handler)
+"""Connections between two requests."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
+from types import MappingProxyType
 from typing import Any, cast
 
 import orjson
@@ -112,19 +113,36 @@ def estimated_usage(call: Call, reply: Reply) -> Usage:
 
 def usage_of(body: object, call: Call, reply: Reply) -> Usage:
     """The usage that a body reports; what it leaves out is estimated, and the whole then marked so."""
+    usage = _told(body, call)
+    if usage is not None:
+        return usage
+    reported, guess = mapping(body), estimated_usage(call, reply)
+    asked, said = _count(reported.get("prompt_tokens")), _count(reported.get("completion_tokens"))
+    if said is None and isinstance(call, (Embed, Score)):
+        said = 0
+    asked = guess.prompt_tokens if asked is None else asked
+    said = guess.completion_tokens if said is None else said
+    return _usage(reported, asked, said, estimated=True)
+
+
+def _told(body: object, call: Call) -> Usage | None:
+    """The usage that a body reports, if it reports all of it."""
     reported = mapping(body)
     asked, said = _count(reported.get("prompt_tokens")), _count(reported.get("completion_tokens"))
     if said is None and isinstance(call, (Embed, Score)):
         said = 0
-    guess = estimated_usage(call, reply) if asked is None or said is None else Usage()
-    prompt_details = mapping(reported.get("prompt_tokens_details"))
-    said_details = mapping(reported.get("completion_tokens_details"))
+    return None if asked is None or said is None else _usage(reported, asked, said)
+
+
+def _usage(reported: Mapping[str, Any], asked: int, said: int, *, estimated: bool = False) -> Usage:
+    cached = _count(mapping(reported.get("prompt_tokens_details")).get("cached_tokens"))
+    reasoning = _count(mapping(reported.get("completion_tokens_details")).get("reasoning_tokens"))
     return Usage(
-        prompt_tokens=guess.prompt_tokens if asked is None else asked,
-        completion_tokens=guess.completion_tokens if said is None else said,
-        cached_tokens=_count(prompt_details.get("cached_tokens")) or 0,
-        reasoning_tokens=_count(said_details.get("reasoning_tokens")) or 0,
-        estimated=guess.estimated,
+        prompt_tokens=asked,
+        completion_tokens=said,
+        cached_tokens=cached or 0,
+        reasoning_tokens=reasoning or 0,
+        estimated=estimated,
     )
 
 
@@ -160,37 +178,53 @@ class Assembly:
 
         Raises ValueError where it has not the shape of one. An error inside it is for `embedded_error`, before.
         """
-        if isinstance(name := chunk.get("model"), str) and name:
+        # Once for every word of every stream: a type that is certain is asked for first, an abstract one only then.
+        name = chunk.get("model")
+        if name and isinstance(name, str):
             self.model = name
-        if isinstance(chunk.get("usage"), Mapping):
-            self.usage = chunk["usage"]
-        choices = chunk.get("choices")
-        if not isinstance(choices, Sequence) or isinstance(choices, str):
+        usage = chunk.get("usage")
+        if usage is not None and isinstance(usage, Mapping):
+            self.usage = cast("Mapping[str, Any]", usage)
+        choices: Any = chunk.get("choices")
+        if not isinstance(choices, list) and (not isinstance(choices, Sequence) or isinstance(choices, str)):
             if "usage" in chunk or "object" in chunk:
                 return None
             raise ValueError("it has no `choices`")
         for choice in cast("Sequence[object]", choices):
-            if not isinstance(choice, Mapping):
+            if not isinstance(choice, (dict, Mapping)):
                 raise ValueError("a choice is not an object")
             item = cast("Mapping[str, Any]", choice)
-            if item.get("index") in (0, None):
+            if not item.get("index"):
                 return self._choice(item)
         return None
 
     def _choice(self, choice: Mapping[str, Any]) -> Delta | None:
-        if isinstance(finish := choice.get("finish_reason"), str) and finish:
+        finish = choice.get("finish_reason")
+        if finish and isinstance(finish, str):
             self.finish = finish
-        if choice.get("logprobs"):
-            self._logprobs += logprobs_of(choice["logprobs"])
+        logprobs = choice.get("logprobs")
+        if logprobs:
+            self._logprobs += logprobs_of(logprobs)
+        said: dict[str, Any] | None = choice.get("delta")
+        if isinstance(said, dict) and said.keys() <= _PLAIN:
+            content: object = said.get("content")
+            if not content:
+                if said or not choice.get("message"):
+                    return None
+            elif isinstance(content, str):
+                self._text.append(content)
+                return Delta(text=content)
+        fragments: tuple[ToolCallDelta, ...] = ()
         if "delta" in choice or "message" in choice:
-            said = mapping(choice.get("delta") or choice.get("message"))
-            text, thought = _text_and_thought(said.get("content"))
-            thought += _string(said.get("reasoning_content")) or _string(said.get("reasoning"))
-            if refusal := _string(said.get("refusal")):
+            parts = mapping(said or choice.get("message"))
+            text, thought = _text_and_thought(parts.get("content"))
+            thought += _string(parts.get("reasoning_content")) or _string(parts.get("reasoning"))
+            if refusal := _string(parts.get("refusal")):
                 self._refusal.append(refusal)
-            fragments = tuple(self._fragments(said.get("tool_calls")))
+            if calls := parts.get("tool_calls"):
+                fragments = tuple(self._fragments(calls))
         else:
-            text, thought, fragments = _string(choice.get("text")), "", ()
+            text, thought = _string(choice.get("text")), ""
         if text:
             self._text.append(text)
         if thought:
@@ -225,32 +259,41 @@ class Assembly:
             return max(self._calls)
         return max(self._calls, default=-1) + 1 if self._calls else place
 
-    def reply(self, call: Call) -> Reply:
-        """The reply so far, with its usage."""
+    def reply(self, call: Call, *, upstream: str = "") -> Reply:
+        """The reply so far, with its usage, and the name of who gave it."""
         calls = tuple(
             ToolCall(id=c.id or f"call_{index}", name=c.name, arguments="".join(c.arguments))
             for index, c in sorted(self._calls.items())
         )
+        told = _told(self.usage, call)
         reply = Reply(
             text="".join(self._text),
             finish=self.finish or ("tool_calls" if calls else "stop"),
+            usage=told or _NOTHING,
             tool_calls=calls,
             reasoning="".join(self._reasoning),
             refusal="".join(self._refusal) or None,
             logprobs=tuple(self._logprobs),
             model=self.model,
+            upstream=upstream,
         )
-        return replace(reply, usage=usage_of(self.usage, call, reply))
+        # To make a reply again takes as long as to read a body, so it is done only for an estimate, which reads it.
+        return reply if told is not None else replace(reply, usage=usage_of(self.usage, call, reply))
 
 
-def reply_of(body: Mapping[str, Any], call: Chat | Completion | Embed) -> Reply:
-    """The reply of a whole body. Raises ValueError where it has not the shape of one."""
+_PLAIN = frozenset({"content", "role"})
+"""What nearly every chunk has of its delta, and no more."""
+_NOTHING = Usage()
+
+
+def reply_of(body: Mapping[str, Any], call: Chat | Completion | Embed, *, upstream: str = "") -> Reply:
+    """The reply of a whole body; `upstream` is who gave it. Raises ValueError where it has not the shape of one."""
     if isinstance(call, Embed):
-        return _embedded(body, call)
+        return _embedded(body, call, upstream)
     first_choice(body)
     assembly = Assembly()
     assembly.add(body)
-    return assembly.reply(call)
+    return assembly.reply(call, upstream=upstream)
 
 
 def first_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -261,7 +304,7 @@ def first_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return mapping(cast("list[object]", choices)[0])
 
 
-def _embedded(body: Mapping[str, Any], call: Embed) -> Reply:
+def _embedded(body: Mapping[str, Any], call: Embed, upstream: str) -> Reply:
     data = body.get("data")
     if not isinstance(data, Sequence) or len(cast("Sequence[object]", data)) != len(call.texts):
         raise ValueError(f"it does not hold one embedding for each of the {len(call.texts)} texts")
@@ -279,7 +322,8 @@ def _embedded(body: Mapping[str, Any], call: Embed) -> Reply:
             raise ValueError("an embedding is not a list of numbers, or is out of place") from error
     if any(vector is None for vector in vectors):
         raise ValueError("it has two embeddings for one text")
-    reply = Reply(embeddings=tuple(v for v in vectors if v is not None), model=_string(body.get("model")))
+    found = tuple(v for v in vectors if v is not None)
+    reply = Reply(embeddings=found, model=_string(body.get("model")), upstream=upstream)
     return replace(reply, usage=usage_of(body.get("usage"), call, reply))
 
 
@@ -324,6 +368,8 @@ def _text_and_thought(content: object) -> tuple[str, str]:
     """Text and reasoning of a content that is a text or a list of parts (as Mistral's `thinking` parts)."""
     if isinstance(content, str):
         return content, ""
+    if content is None:
+        return "", ""
     texts: list[str] = []
     thoughts: list[str] = []
     for item in cast("Sequence[object]", content) if isinstance(content, Sequence) else ():
@@ -336,12 +382,19 @@ def _text_and_thought(content: object) -> tuple[str, str]:
     return "".join(texts), "".join(thoughts)
 
 
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
 def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
 def mapping(value: object) -> Mapping[str, Any]:
     """The value where it is a JSON object; an empty one for anything else."""
+    if value is None:
+        return _EMPTY
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value)
     return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import secrets
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from opentelemetry.trace import Span
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asmodel import request_log, tracing, wire
 from asmodel.access import Caller
+from asmodel.budget import Budget
 from asmodel.calls import Usage
 from asmodel.errors import AsmodelError, PayloadTooLarge
+from asmodel.ids import new_id
 from asmodel.models import ServedProgram
 from asmodel.request_log import RequestLine
 from asmodel.service import Job
+from asmodel.timeouts import Bounds
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -50,17 +54,23 @@ class BodyTimeout(AsmodelError):
     code: str | None = "body_timeout"
 
 
-async def read_body(receive: Receive, limit: int, *, silence: float = SILENCE) -> bytes:
-    """The whole body. Raises PayloadTooLarge, BodyTimeout after `silence` seconds without any of it, or Gone."""
+_SILENT = Bounds(SILENCE)
+
+
+async def read_body(receive: Receive, limit: int, *, silence: Bounds = _SILENT) -> bytes:
+    """The whole body. Raises PayloadTooLarge, BodyTimeout after `silence` without any of it, or Gone."""
     data = bytearray()
     size = 0
     ends = time.monotonic() + READING
     more = True
     while more:
+        bound = silence()
         try:
-            async with asyncio.timeout(min(silence, max(0.0, ends - time.monotonic()))):
+            with bound:
                 message = await receive()
         except TimeoutError:
+            if not bound.expired:
+                raise
             if size > limit:
                 break
             raise BodyTimeout("the body has not come to its end in time") from None
@@ -69,6 +79,8 @@ async def read_body(receive: Receive, limit: int, *, silence: float = SILENCE) -
         part = message.get("body", b"")
         more = message.get("more_body", False)
         size += len(part)
+        if more and time.monotonic() > ends:
+            raise BodyTimeout("the body has not come to its end in time")
         if size <= limit:
             data += part
         else:
@@ -76,21 +88,90 @@ async def read_body(receive: Receive, limit: int, *, silence: float = SILENCE) -
             if size > limit + DISCARDED:
                 break
     if size > limit:
-        raise PayloadTooLarge(f"the body is larger than the {limit} bytes that this server takes")
+        raise _too_large(limit)
     return bytes(data)
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than the {limit} bytes that this server takes")
+
+
+class Connection(Protocol):
+    """What our own server knows without being awaited; of the ASGI scope, `asmodel.connection`."""
+
+    def whole_body(self) -> bytes | None: ...
+    def when_left(self, left: Callable[[], None] | None) -> None: ...
+
+
+class Present:
+    """A `with` body that is cancelled when the client leaves, and then raises Gone."""
+
+    __slots__ = ("_cancelling", "_exchange", "_gone", "_task")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._gone = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._exchange.when_left(self._leave)
+
+    def _leave(self) -> None:
+        self._gone = True
+        self._task.cancel()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if not self._gone:
+            self._exchange.when_left(_nothing)
+        elif self._task.uncancel() <= self._cancelling and kind in (None, asyncio.CancelledError):
+            raise Gone from None
+
+
+def _nothing() -> None:
+    """That the client has left is known, and nothing comes of it."""
 
 
 class Exchange:
     """One request and its response: ids, receipts, and whether the client is still there."""
 
+    __slots__ = (
+        "_connection",
+        "_receive",
+        "_send",
+        "_watch",
+        "_when_left",
+        "caller",
+        "ended",
+        "headers",
+        "id",
+        "job",
+        "left",
+        "method",
+        "model",
+        "path",
+        "raw_headers",
+        "span",
+        "started",
+        "status",
+        "streamed",
+    )
+
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.headers = Headers(scope=scope)
+        self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.headers: dict[str, str] = {}
+        """By names in lower case; of several of one name, the first."""
+        for name, value in self.raw_headers:
+            self.headers.setdefault(name.decode("latin-1"), value.decode("latin-1"))
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.started = time.monotonic()
-        self.created = int(time.time())
-        given = self.headers.get("x-request-id", "")
-        self.id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        given = self.headers.get("x-request-id")
+        self.id = given if given is not None and _REQUEST_ID.fullmatch(given) else f"req_{new_id(96)}"
         self.span: Span | None = None
         self.job: Job | None = None
         self.caller = Caller()
@@ -98,13 +179,54 @@ class Exchange:
         self.status = 0
         self.ended = False
         self.streamed = False
+        self.left = False
+        """Whether the client is known to have left; looked for once somebody wants to know."""
         self._receive = receive
         self._send = send
+        extensions: Mapping[str, Any] = scope.get("extensions") or {}
+        self._connection: Connection | None = extensions.get("asmodel.connection")
+        self._when_left: Callable[[], None] | None = None
+        self._watch: asyncio.Task[None] | None = None
 
-    async def gone(self) -> None:
-        """Return once the client has left; from the moment the body is read. For one task at a time."""
+    def all_of(self, header: str) -> str:
+        """The values of every header of that name, which mean the same as one with commas between (RFC 9110, 5.3)."""
+        name = header.encode("latin-1")
+        return ",".join(value.decode("latin-1") for given, value in self.raw_headers if given == name)
+
+    async def body(self, limit: int) -> bytes:
+        """The request's body. Raises PayloadTooLarge, BodyTimeout, or Gone."""
+        whole = self._connection.whole_body() if self._connection is not None else None
+        if whole is None:
+            return await read_body(self._receive, limit)
+        if len(whole) > limit:
+            raise _too_large(limit)
+        return whole
+
+    def when_left(self, call: Callable[[], None] | None) -> None:
+        """Call it once the client has left, instead of what was to be called before; once the body has been read."""
+        self._when_left = call
+        if self._connection is not None:
+            self._connection.when_left(None if call is None else self._has_left)
+        elif call is None:
+            if self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
+        elif self._watch is None:
+            self._watch = asyncio.get_running_loop().create_task(self._gone())
+
+    def present(self) -> Present:
+        """Around work that is for nobody once the client has left."""
+        return Present(self)
+
+    async def _gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._has_left()
+
+    def _has_left(self) -> None:
+        self.left = True
+        if self._when_left is not None:
+            self._when_left()
 
     @property
     def trace_id(self) -> str:
@@ -114,8 +236,8 @@ class Exchange:
         """The receipt as headers, as it stands now."""
         elapsed = time.monotonic() - self.started
         headers = {"x-request-id": self.id, "openai-processing-ms": str(round(elapsed * 1000))}
-        if self.trace_id:
-            headers["x-asmodel-trace-id"] = self.trace_id
+        if trace_id := self.trace_id:
+            headers["x-asmodel-trace-id"] = trace_id
         if self.job is not None:
             budget = self.job.budget
             headers |= {
@@ -129,14 +251,8 @@ class Exchange:
     @property
     def overhead_ms(self) -> float:
         """How much of the time so far was not spent waiting for an upstream."""
-        now = time.monotonic()
-        if self.job is None:
-            return (now - self.started) * 1000
-        budget = self.job.budget
-        waited = budget.upstream_seconds
-        if budget._asking:  # pyright: ignore[reportPrivateUsage]  # it adds up only when nobody is asked any more
-            waited += now - budget._since  # pyright: ignore[reportPrivateUsage]
-        return max(0.0, now - self.started - waited) * 1000
+        elapsed = time.monotonic() - self.started
+        return max(0.0, elapsed - (0.0 if self.job is None else self.job.budget.waited)) * 1000
 
     async def respond(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
         await self.send(status, orjson.dumps(body), headers)
@@ -151,6 +267,17 @@ class Exchange:
         }
         await self.start(status, everything)
         await self.write(data, last=True)
+
+    async def open_stream(self) -> None:
+        """The start of a response of server-sent events."""
+        self.streamed = True
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",  # nginx would hold chunks back
+            **self.receipt(),
+        }
+        await self.start(200, headers)
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         self.status = status
@@ -203,31 +330,40 @@ class Exchange:
         )
         request_log.write(line)
         if budget is not None:
-            calls = budget.calls
+            budget.late = _Late(line, budget, self.started)
 
-            def late(usage: Usage, cost: float | None) -> None:
-                nonlocal calls
-                more, calls = budget.calls - calls, budget.calls
-                request_log.write(
-                    replace(
-                        line,
-                        late=True,
-                        outcome="bought later",
-                        status=None,
-                        seconds=time.monotonic() - self.started,
-                        steps=None,
-                        hits=None,
-                        joined=None,
-                        calls=more,
-                        input_tokens=usage.prompt_tokens,
-                        output_tokens=usage.completion_tokens,
-                        estimated=usage.estimated,
-                        cost=cost,
-                        overhead_seconds=None,
-                    )
-                )
 
-            budget.late = late
+class _Late:
+    """Writes a line for what is bought once a request's own line is written."""
+
+    __slots__ = ("_budget", "_calls", "_line", "_started")
+
+    def __init__(self, line: RequestLine, budget: Budget, started: float) -> None:
+        self._line = line
+        self._budget = budget
+        self._calls = budget.calls
+        self._started = started
+
+    def __call__(self, usage: Usage, cost: float | None) -> None:
+        more, self._calls = self._budget.calls - self._calls, self._budget.calls
+        request_log.write(
+            replace(
+                self._line,
+                late=True,
+                outcome="bought later",
+                status=None,
+                seconds=time.monotonic() - self._started,
+                steps=None,
+                hits=None,
+                joined=None,
+                calls=more,
+                input_tokens=usage.prompt_tokens,
+                output_tokens=usage.completion_tokens,
+                estimated=usage.estimated,
+                cost=cost,
+                overhead_seconds=None,
+            )
+        )
 
 
 def retry_headers(error: AsmodelError) -> dict[str, str]:

@@ -1,13 +1,12 @@
 """What a call is made of, as keyed digests: enough to say later which part of two calls differed, and of no other use.
 
-A digest is keyed with a secret of the store's own, so that nobody who sees one (in a trace that is exported, say) can
-try out guesses of a prompt against it.
+A digest is keyed (BLAKE2b, RFC 7693) with a secret of the store's own, so that nobody who sees one (in a trace that is
+exported, say) can try out guesses of a prompt against it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -19,7 +18,7 @@ from asmodel.calls import Call, canonical, describe
 from asmodel.protocols import Cache, Lockable
 from asmodel.tags import SECRET
 
-_SECRET_AT = hashlib.sha256(b"asmodel fingerprint secret 1").hexdigest()
+_SECRET_AT = hashlib.sha256(b"asmodel fingerprint secret 2").hexdigest()
 
 _EACH = 48
 """Of a list, so many items have a digest each, and the rest one together: a fingerprint stays small."""
@@ -28,6 +27,12 @@ BY = "by"
 """Names, in a fingerprint, the secret: digests by different secrets tell nothing of each other."""
 
 _OWN = "params.own."
+
+_SMALL = 64
+_REMEMBERED = 1000
+"""So many digests of small parts are kept: who answers, each parameter, the draw and the scope are nearly always one of
+a few, and to digest anew is most of what a fingerprint costs. No message is among them.
+"""
 
 _PARAMETERS = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "max_tokens", "max_completion_tokens", "logit_bias"}
@@ -49,28 +54,50 @@ class Fingerprints:
 
     def __init__(self, store: Cache | None) -> None:
         self._store = store
-        self._secret: bytes | None = None
+        self._by = ""
+        self._keyed: hashlib.blake2b | None = None
+        self._small: dict[tuple[str, type, object], tuple[str, str]] = {}
 
     async def of(self, call: Call, scope: str) -> dict[str, str]:
         """The fingerprint of a call: 8 hex digits a part."""
-        secret = self._secret
-        if secret is None:
-            secret = await self._load()
-        made = {BY: hashlib.sha256(secret).hexdigest()[:8]}
+        keyed, by = self._keyed, self._by
+        if keyed is None:
+            secret, is_kept = await self._load()
+            keyed, by = hashlib.blake2b(key=secret, digest_size=4), hashlib.sha256(secret).hexdigest()[:8]
+            if not is_kept:
+                return self._made(call, scope, keyed, by, {})
+            self._keyed, self._by = keyed, by
+        return self._made(call, scope, keyed, by, self._small)
+
+    def _made(
+        self,
+        call: Call,
+        scope: str,
+        keyed: hashlib.blake2b,
+        by: str,
+        small: dict[tuple[str, type, object], tuple[str, str]],
+    ) -> dict[str, str]:
+        made = {BY: by}
         for name, value in (*_parts(call), ("scope", scope)):
-            told = name.encode() + b"\0" + canonical(value)
-            digest = hmac.digest(secret, told, "sha256").hex()[:8]
-            if name.startswith(_OWN):
-                # A name of the caller's own making, which is not for a trace to tell.
-                name = f"{_OWN}{hmac.digest(secret, name.encode(), 'sha256').hex()[:8]}"
-            made[name] = digest
+            kind = type(value)
+            if (kind is str and len(cast("str", value)) <= _SMALL) or value is None or kind in (float, int, bool):
+                # By its type too: 1, 1.0 and True are one key of a dictionary.
+                known = small.get((name, kind, value))
+                if known is None:
+                    if len(small) >= _REMEMBERED:
+                        small.clear()
+                    known = small[name, kind, value] = _digest(keyed, name, value)
+                made[known[0]] = known[1]
+            else:
+                told, digest = _digest(keyed, name, value)
+                made[told] = digest
         return made
 
-    async def _load(self) -> bytes:
+    async def _load(self) -> tuple[bytes, bool]:
+        """The secret, and whether it is kept: else the next one may be another."""
         store = self._store
         if store is None:
-            self._secret = secrets.token_bytes(32)
-            return self._secret
+            return secrets.token_bytes(32), True
         found = _read(await store.get(_SECRET_AT))
         if found is None:
             async with AsyncExitStack() as stack:
@@ -83,9 +110,20 @@ class Fingerprints:
                 # Set though it may be there: a store forgets first what was set longest ago.
                 await store.set(_SECRET_AT, orjson.dumps({"v": 1, "secret": found.hex()}), tag=SECRET)
                 if _read(await store.get(_SECRET_AT)) != found:
-                    return found
-        self._secret = found
-        return found
+                    return found, False
+        return found, True
+
+
+def _digest(keyed: hashlib.blake2b, name: str, value: object) -> tuple[str, str]:
+    """What a part is called in a fingerprint, and its digest."""
+    digest = keyed.copy()
+    digest.update(name.encode() + b"\0" + canonical(value))
+    if name.startswith(_OWN):
+        # A name of the caller's own making, which is not for a trace to tell.
+        own = keyed.copy()
+        own.update(name.encode())
+        name = f"{_OWN}{own.hexdigest()}"
+    return name, digest.hexdigest()
 
 
 def _read(data: bytes | None) -> bytes | None:

@@ -7,6 +7,12 @@ import inspect
 from collections.abc import Awaitable, Coroutine, Iterable
 from typing import Any, Literal, TypeVar, cast, overload
 
+AT_ONCE = 4096
+"""How many of a long list are under way at a time; then one begins when another has ended. A step that waits for its
+turn at an upstream takes about 10 kB."""
+BATCH = 32
+"""How many begin in one go; then others in the process are let in, for whom a thousand at once would be a pause."""
+
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
@@ -38,36 +44,64 @@ def gather(*awaitables: Any, errors: Literal["raise", "keep"] = "raise") -> Coro
 
 
 async def _gathered(work: list[Awaitable[Any]], *, keep: bool, kind: type[list[Any] | tuple[Any, ...]]) -> Any:
-    results: dict[int, Any] = {}
-    failed: list[Exception] = []
+    loop = asyncio.get_running_loop()
+    begun: list[asyncio.Future[Any]] = []
+    failed: list[BaseException] = []
+    done: asyncio.Future[None] = loop.create_future()
+    under_way = 0
+    goes_on = False
+    """Whether what ends makes room for the next."""
 
-    async def fill(index: int, awaitable: Awaitable[Any]) -> None:
+    def begin() -> None:
+        nonlocal under_way
+        one: asyncio.Future[Any]
         try:
-            results[index] = await awaitable
-        except Exception as error:
-            if keep:
-                results[index] = error
-                return
+            one = asyncio.ensure_future(work[len(begun)])
+        except Exception as error:  # It cannot be awaited; that is told as if it had raised it.
+            one = loop.create_future()
+            one.set_exception(error)
+        under_way += 1
+        begun.append(one)
+        one.add_done_callback(ended)
+
+    def ended(one: asyncio.Future[Any]) -> None:
+        nonlocal under_way
+        under_way -= 1
+        error = None if one.cancelled() else one.exception()
+        if error is not None and not (keep and isinstance(error, Exception)):
             failed.append(error)
-            raise
+        if goes_on and not failed and len(begun) < len(work):
+            begin()
+        if (failed or not under_way) and not done.done():
+            done.set_result(None)
 
     # No TaskGroup: its groups would have to be taken apart again, and up to Python 3.12 it leaves a task that has
     # caught such a failure marked as being cancelled, so that a time limit around it no longer works.
-    tasks = [asyncio.ensure_future(fill(index, awaitable)) for index, awaitable in enumerate(work)]
     try:
-        if tasks:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        while len(begun) < len(work) and under_way < AT_ONCE and not failed:
+            begin()
+            if len(begun) % BATCH == 0:
+                await asyncio.sleep(0)
+        if under_way and not failed:
+            goes_on = True
+            if done.done():  # All that had begun by then had ended once before.
+                done = loop.create_future()
+            await done
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for awaitable in work:
-            # What was cancelled before it began would be reported as never awaited.
+        goes_on = False
+        if unfinished := [one for one in begun if not one.done()]:
+            for one in unfinished:
+                one.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+        for awaitable in work[len(begun) :]:
+            # What never began would be reported as never awaited.
             if inspect.iscoroutine(awaitable):
                 awaitable.close()
     if failed:
         raise failed[0]
-    if len(results) < len(work):
+    if any(one.cancelled() for one in begun):
         # Something in the list was cancelled by somebody else.
         raise asyncio.CancelledError
-    return kind(results[index] for index in range(len(work)))
+    if keep:
+        return kind(one.result() if one.exception() is None else one.exception() for one in begun)
+    return kind(one.result() for one in begun)

@@ -8,8 +8,9 @@ log-probabilities has the same ones when it is scored as a given text). Pure: th
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, cast
 
 from asmodel.calls import TokenLogprob
@@ -33,6 +34,45 @@ NONSENSE = " gravel seventeen umbrella nevertheless"
 TOLERANCE = 0.05
 """Nats a token: other kernels and batch shapes move a log-probability by a few hundredths (measured on llama.cpp)."""
 TOLERANCE_WHOLE = 0.1
+
+
+class Trial:
+    """Whether an upstream can be proven to score, tried once. `forbidden`: it cannot, and is not tried.
+
+    Tasks that ask at the same moment share one trial. One that failed for want of an answer is not remembered.
+    """
+
+    def __init__(self, attempt: Callable[[], Coroutine[Any, Any, bool]], *, forbidden: bool = False) -> None:
+        self._attempt = attempt
+        self._found: bool | None = False if forbidden else None
+        self._trying: asyncio.Task[bool] | None = None
+
+    @property
+    def proven(self) -> bool:
+        """Whether it is by now."""
+        return self._found is True
+
+    async def made(self) -> bool:
+        """Whether it is, after a trial where there was none. Raises what the trial raised."""
+        if self._found is not None:
+            return self._found
+        if self._trying is None:
+            self._trying = asyncio.get_running_loop().create_task(self._attempt())
+        trial = self._trying
+        try:
+            # A caller that leaves must not end the trial of the others; close() does.
+            self._found = found = await asyncio.shield(trial)
+            return found
+        finally:
+            if trial.done() and self._trying is trial:
+                self._trying = None
+
+    async def close(self) -> None:
+        """End a trial that is under way."""
+        if self._trying is not None:
+            self._trying.cancel()
+            await asyncio.gather(self._trying, return_exceptions=True)
+            self._trying = None
 
 
 async def proven(generate: Generate, ways: Mapping[str, Measure]) -> str | None:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asmodel.access import Access
@@ -43,11 +44,13 @@ class MetricsPage:
 
 
 class Measured:
-    """Measures every request of the application inside of it. `paths` are the routes', as Starlette writes them."""
+    """Measures every request of the application inside of it, which answers on `routes`."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route]) -> None:
         self._app = app
         self._metrics = metrics
+        self.routes = routes
+        paths = [route.path for route in routes]
         self._exact = {path for path in paths if "{" not in path}
         self._patterns: list[tuple[re.Pattern[str], str]] = []
         for path in paths:
@@ -70,11 +73,12 @@ class Measured:
             nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if any(
-                    name == b"content-type" and value[:17] == b"text/event-stream" for name, value in message["headers"]
-                ):
-                    streams = True
-                    metrics.streaming(1)
+                for name, value in message["headers"]:
+                    if name == b"content-type":
+                        if value[:17] == b"text/event-stream":
+                            streams = True
+                            metrics.streaming(1)
+                        break
             await send(message)
 
         metrics.requested(method, scheme, 1)

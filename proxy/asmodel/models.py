@@ -26,6 +26,7 @@ from asmodel.upstreams import replay
 
 if TYPE_CHECKING:
     from asmodel.recording import Witness
+    from asmodel.tools import Tool
 
 Roles: TypeAlias = Mapping[str, str]
 
@@ -88,6 +89,7 @@ class Models:
         roles: Roles | None = None,
         program_roles: Mapping[str, Roles] | None = None,
         program_params: Mapping[str, Mapping[str, JSON]] | None = None,
+        tools: Mapping[str, Tool[..., Any]] | None = None,
         store: Cache | None = None,
         meter: Meter = UNMEASURED,
         witness: Witness | None = None,
@@ -97,6 +99,7 @@ class Models:
         self.programs: dict[str, Program[Any, Any]] = {}
         self.upstreams = dict(upstreams)
         self.presets = dict(presets or {})
+        self.tools = dict(tools or {})
         self._roles = dict(roles or {})
         self._program_roles = dict(program_roles or {})
         self._program_params = dict(program_params or {})
@@ -227,6 +230,12 @@ class Models:
         """Who the settings say plays the role; None where they say nothing."""
         return self._program_roles.get(program, {}).get(role) or self._roles.get(role)
 
+    def tool(self, name: str) -> Tool[..., Any]:
+        """The tool of the settings that has this name. Raises InvalidRequest where there is none."""
+        if name not in self.tools:
+            raise InvalidRequest(self._unknown(name, self.tools, "tool"), param="asmodel.params")
+        return self.tools[name]
+
     def upstream(self, model: Model, roles: Roles) -> Upstream:
         """A model as something that answers calls."""
         if isinstance(model, ServedUpstream):
@@ -288,6 +297,9 @@ class RoleCast:
                 log.info("upstream %s does not say what it can do: %s", name, error)
         return able
 
+    def tool(self, name: str) -> Tool[..., Any]:
+        return self._models.tool(name)
+
     def nested(self, program: Program[Any, Any]) -> RoleCast:
         return RoleCast(self._models, program, request=self._request, preset=self._preset, everyone=self._everyone)
 
@@ -331,9 +343,9 @@ class PlayedByProgram:
                 code="role_circle",
             )
         check_player(served.program)
-        served.program.read_params(served.params)
+        params = served.program.read_params(served.params)
         cast = self._models.cast(served, self._roles)
-        await require(served.program, cast, chain=(*chain, self.name))
+        await require(served.program, cast, chain=(*chain, self.name), params=params)
 
     async def send(self, call: Call, terms: Terms) -> Reply:
         served = self._served

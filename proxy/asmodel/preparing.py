@@ -18,20 +18,22 @@ if TYPE_CHECKING:
 
 @contextmanager
 def prepared(parts: Parts, *, shared: bool = False) -> Generator[None]:
-    """Have every upstream that wants it prepared, around whatever opens them; `shared` where several processes will.
+    """Have every upstream and tool that wants it prepared, around what opens them; `shared` where several processes do.
 
     What they announce stands in this process's environment meanwhile, which is how the others inherit it.
     """
     set_before = dict(os.environ)
-    preparing = [p for p in parts.providers.values() if isinstance(p, Preparing)]
+    things: list[tuple[object, str]] = [(provider, "fetching") for provider in parts.providers.values()]
+    things += [(tool, "reading") for tool in parts.tools.values()]
+    preparing = [(thing, doing) for thing, doing in things if isinstance(thing, Preparing)]
     try:
-        for provider in preparing:
-            with Download() as download:
-                os.environ.update(provider.prepare(download.progress, shared=shared))
+        for thing, doing in preparing:
+            with Download(doing=doing) as download:
+                os.environ.update(thing.prepare(download.progress, shared=shared))
         yield
     finally:
-        for provider in preparing:
-            provider.release()
+        for thing, _ in preparing:
+            thing.release()
         for name in os.environ.keys() - set_before.keys():
             del os.environ[name]
 
@@ -39,8 +41,9 @@ def prepared(parts: Parts, *, shared: bool = False) -> Generator[None]:
 class Download:
     """A bar that appears with the first byte: what, how much, how fast, how long still. In a log, a line at times."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, doing: str = "fetching") -> None:
         self._console = console
+        self._doing = doing
         self._bar: Any = None  # Of rich, which only a download imports.
         self._task: Any = None
         self._told = 0.0
@@ -61,7 +64,7 @@ class Download:
                 self._told = now
                 left = (total - done) / done * (now - self._began) if done else 0.0
                 time_left = f", {left:.0f} s left" if 0 < done < total else ""
-                self._console.print(f"fetching {what}: {done / 1e6:.0f} of {total / 1e6:.0f} MB{time_left}")
+                self._console.print(f"{self._doing} {what}: {done / 1e6:.0f} of {total / 1e6:.0f} MB{time_left}")
             return
         if self._bar is None:
             self._bar = self._started(what, total)
@@ -71,7 +74,7 @@ class Download:
         from rich import progress
 
         bar = progress.Progress(
-            progress.TextColumn("fetching {task.description}"),
+            progress.TextColumn(f"{self._doing} {{task.description}}"),
             progress.BarColumn(),
             progress.DownloadColumn(),
             progress.TransferSpeedColumn(),

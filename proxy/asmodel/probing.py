@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from asmodel.calls import CachePolicy, Capabilities, Chat, Completion, Message, Terms
-from asmodel.errors import AsmodelError, UpstreamError
+from asmodel.errors import AsmodelError, InvalidRequest, UpstreamError
 from asmodel.folders import PACKAGE
 from asmodel.hygiene import remarks
 from asmodel.models import ServedProgram
@@ -98,6 +98,14 @@ def _wanted(parts: Parts, model: ServedProgram) -> bool:
     return own or model.program.name in settings.programs or model.name in settings.models
 
 
+def _params(served: ServedProgram) -> object:
+    """Its parameters as the settings have them; None where a request has to bring some."""
+    try:
+        return served.program.read_params(served.params)
+    except InvalidRequest:
+        return None
+
+
 async def roles(parts: Parts) -> Checked:
     """Look at every step of every program that is served."""
     found = Checked()
@@ -118,7 +126,7 @@ async def roles(parts: Parts) -> Checked:
             note = "no step found in its code"
             found.rows.append(Played(program=model.name, step="-", role="-", player="-", note=note))
         try:
-            await require(model.program, cast)
+            await require(model.program, cast, params=_params(model))
         except AsmodelError as error:
             # Of what came with a package nobody has said that it is wanted here.
             told = found.problems if _wanted(parts, model) else found.remarks

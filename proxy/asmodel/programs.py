@@ -71,6 +71,8 @@ class Program(Generic[ParamsT, Out]):
     """Parameters that `using` has set."""
     roles: Mapping[str, str] = field(default_factory=dict[str, str])
     """Roles that `using` has set."""
+    uses: Callable[[Any], Sequence[Step[..., Any, Any]]] | None = None
+    """Which of its steps a run with given parameters may make, where that is not all of them."""
 
     def __post_init__(self) -> None:
         resemble(self, self.function)
@@ -152,6 +154,12 @@ class Program(Generic[ParamsT, Out]):
     def steps(self) -> tuple[Step[..., Any, Any], ...]:
         """The steps that its code names, in it or in functions that it calls; for checks before anything is bought."""
         return tuple(found for found in reachable(self.function) if isinstance(found, Step))
+
+    def steps_with(self, params: object) -> Sequence[Step[..., Any, Any]]:
+        """The steps that a run with these parameters may make; all of them where the parameters are not known."""
+        if self.uses is None or (params is None and self.params is not None):
+            return self.steps
+        return self.uses(params)
 
     @cached_property
     def programs(self) -> tuple[Program[Any, Any], ...]:
@@ -238,17 +246,31 @@ def reachable(function: Callable[..., Any]) -> Iterator[Reached]:
 
 @overload
 def program(
-    name: str, *, params: type[ParamsT], supports: Sequence[Support] = (), description: str | None = None
+    name: str,
+    *,
+    params: type[ParamsT],
+    supports: Sequence[Support] = (),
+    description: str | None = None,
+    uses: Callable[[ParamsT], Sequence[Step[..., Any, Any]]] | None = None,
 ) -> Callable[[Callable[[Run[ParamsT]], Awaitable[Out]]], Program[ParamsT, Out]]: ...
 @overload
 def program(
     name: str, *, supports: Sequence[Support] = (), description: str | None = None
 ) -> Callable[[Callable[[Run[None]], Awaitable[Out]]], Program[None, Out]]: ...
-def program(name: str, *, params: Any = None, supports: Sequence[Support] = (), description: str | None = None) -> Any:
+def program(
+    name: str,
+    *,
+    params: Any = None,
+    supports: Sequence[Support] = (),
+    description: str | None = None,
+    uses: Callable[[Any], Sequence[Step[..., Any, Any]]] | None = None,
+) -> Any:
     """Make a program of an async function that takes a `Run` and returns the answer, as text or as an `Answer`.
 
     `params` is a pydantic model that the request's parameters are validated by; `supports` names what else of the
-    request it honours; `description` is what `/v1/models` and `asmodel programs` say, else the docstring's first line.
+    request it honours; `uses` says which of its steps given parameters lead to, for a program that has several ways, so
+    that no more is asked of the upstreams; `description` is what `/v1/models` and `asmodel programs` say, else the
+    docstring's first line.
     Nothing is registered anywhere: a server finds the programs of a module among its attributes.
     """
     if not NAME.fullmatch(name):
@@ -260,8 +282,8 @@ def program(name: str, *, params: Any = None, supports: Sequence[Support] = (), 
         if not inspect.iscoroutinefunction(function):
             raise ConfigurationError(f'program "{name}": {function.__name__} must be `async def`')
         module = inspect.getmodule(function)
-        told = description or inspect.getdoc(function) or (module and module.__doc__) or ""
-        return Program(name, function, params, frozenset(supports), told.strip().split("\n")[0])
+        told = (description or inspect.getdoc(function) or (module and module.__doc__) or "").strip().split("\n")[0]
+        return Program(name, function, params, frozenset(supports), told, uses=uses)
 
     return make
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from asmodel.calls import Call, Capabilities, Reply, Terms
 
-KINDS = ("upstreams", "caches", "programs")
+if TYPE_CHECKING:
+    from asmodel.tools import Tool
+
+KINDS = ("upstreams", "caches", "programs", "tools")
 
 
 class Upstream(Protocol):
@@ -43,6 +46,15 @@ class Cache(Protocol):
 
     async def set(self, key: str, value: bytes, *, tag: str = "", ttl: float | None = None) -> None:
         """Store; on return the entry survives a `kill -9`. `ttl` in seconds; `tag` says which step it belongs to."""
+        ...
+
+
+class Offering(Protocol):
+    """What a tool of the settings is made of: something, perhaps with a life (`Openable`), that offers a tool."""
+
+    @property
+    def tool(self) -> Tool[..., Any]:
+        """The tool. It has no effects: those are declared by the program that has them, in its own code."""
         ...
 
 

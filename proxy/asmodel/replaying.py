@@ -515,7 +515,9 @@ class _Silent:
 class _RecordedModels(Models):
     """The upstreams of a recording, with nobody there, and the programs that one has, under the settings of then."""
 
-    def __init__(self, programs: Sequence[Program[Any, Any]], recording: Recording) -> None:
+    def __init__(
+        self, programs: Sequence[Program[Any, Any]], recording: Recording, tools: Sequence[Tool[..., Any]] = ()
+    ) -> None:
         told = recording.told
         known = {program.name for program in programs}
         presets = {name: Preset(**preset) for name, preset in told["presets"].items()}
@@ -527,6 +529,7 @@ class _RecordedModels(Models):
             roles=told["roles"],
             program_roles={name: roles for name, roles in told["program_roles"].items() if name in known},
             program_params={name: params for name, params in told["program_params"].items() if name in known},
+            tools={tool.name: tool for tool in tools},
         )
 
     def _found(self, name: str, where: str) -> None:
@@ -548,20 +551,22 @@ async def replayed(
     file: Path | str,
     *,
     programs: Sequence[Program[Any, Any]] = (),
+    tools: Sequence[Tool[..., Any]] = (),
     choice: int = 0,
     same: bool = True,
 ) -> Answer:
     """Run the program as it was recorded, with nobody to ask: each step and tool is answered from the recording.
 
-    `programs` are others that played roles of it. Raises AssertionError where something is asked that was not recorded,
-    saying in what it differs; and, unless `same` is False, where the answer is not the recorded one, byte for byte. How
-    the recorded run ended is how this one ends: with its AsmodelError, if it failed. Raises Unrecorded.
+    `programs` are others that played roles of it, `tools` those that it had of the settings; none is called. Raises
+    AssertionError where something is asked that was not recorded, saying in what it differs; and, unless `same` is
+    False, where the answer is not the recorded one, byte for byte. How the recorded run ended is how this one ends:
+    with its AsmodelError, if it failed. Raises Unrecorded.
     """
     recording = read(Path(file))
     if recording.asking.program != program.name:
         raise AssertionError(f'{file} is a recording of "{recording.asking.program}", and not of "{program.name}"')
     others = {each.name: each for each in (*program.programs, *programs) if each.name != program.name}
-    models = _RecordedModels([program, *others.values()], recording)
+    models = _RecordedModels([program, *others.values()], recording, tools)
     try:
         again = await run_again(models, recording, choice=choice, offline=True)
     except NotRecorded as error:

@@ -49,8 +49,10 @@ from asmodel.calls import (
     Reply,
     Terms,
     ToolCall,
+    body,
     canonical,
     describe,
+    drawn,
 )
 from asmodel.effects import Journal
 from asmodel.errors import (
@@ -124,6 +126,10 @@ class Cast(Protocol):
 
     async def able(self, can: Callable[[Capabilities], bool]) -> Sequence[str]:
         """The names of those who could play a role that asks for this."""
+        ...
+
+    def tool(self, name: str) -> Tool[..., Any]:
+        """The tool of the settings that has this name. Raises InvalidRequest where there is none."""
         ...
 
 
@@ -237,6 +243,13 @@ class Run(Generic[ParamsT]):
     def left(self) -> Limits:
         """What is left of the run's limits: calls, tokens, cost, seconds; None where there is no limit."""
         return self.budget.left
+
+    def tool(self, name: str) -> Tool[..., Any]:
+        """The tool that the settings have under this name, to be called as any other: `await run(run.tool(name), …)`.
+
+        Raises InvalidRequest where there is none, so that a parameter of the request may name it.
+        """
+        return self._cast.tool(name)
 
     def best(self, answer: str | Answer) -> None:
         """The best answer so far: what is returned, with finish reason `length`, if a limit ends the run."""
@@ -436,9 +449,10 @@ class Run(Generic[ParamsT]):
             return call
         if sample is not None:
             return replace(call, draw=f"{self._path}/{sample}")
-        digest = hashlib.sha256(canonical(describe(call))).digest()
+        written = body(call)
+        digest = hashlib.sha256(written).digest()
         self._draws[digest] += 1
-        return replace(call, draw=f"{self._path}/{self._draws[digest] - 1}")
+        return drawn(call, written, f"{self._path}/{self._draws[digest] - 1}")
 
     def _terms(self, step: Step[..., Any, Any], emit: Emit | None) -> Terms:
         policy = self._cache
@@ -458,6 +472,7 @@ class Run(Generic[ParamsT]):
             progress=self._progress,
             depth=self.depth,
             now=self.now,
+            shared_prefix=step.options.get("shared_prefix", False),
             accept=step.read,
         )
 
@@ -784,14 +799,21 @@ def _needs(step: Step[..., Any, Any]) -> list[tuple[str, _Can]]:
 
 
 async def require(
-    program: Program[Any, Any], roles: Cast, *, seen: frozenset[str] = frozenset(), chain: tuple[str, ...] = ()
+    program: Program[Any, Any],
+    roles: Cast,
+    *,
+    seen: frozenset[str] = frozenset(),
+    chain: tuple[str, ...] = (),
+    params: object = None,
 ) -> None:
     """Refuse, before anything is bought, a program one of whose steps cannot be played by whoever plays its role.
+
+    With the parameters of the run, only steps that these can lead to are looked at, where the program says which.
 
     Raises Unsupported naming program, step, role and upstream, and the upstreams that could; InvalidRequest where the
     roles lead in a circle.
     """
-    for step in program.steps:
+    for step in program.steps_with(params):
         player = roles.play(step.role)
         if isinstance(player, Played):
             await player.require(chain)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from asmodel.calls import JSON, CachePolicy, Chat, Document, Emit, Message, Repl
 from asmodel.deliveries import Deliveries, Delivery
 from asmodel.effects import Journal
 from asmodel.errors import AsmodelError, Draining, InvalidRequest, LimitExceeded, ProgramError
+from asmodel.ids import new_id
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.models import Model, Models, RoleCast, ServedProgram
 from asmodel.planning import Plan, foresee
@@ -32,6 +33,9 @@ from asmodel.run import Request, Run, execute, finished, require
 
 LOADING = 60.0
 """Seconds that a request waits for the upstreams to be opened, before it is told to come back."""
+
+_ON = CachePolicy()
+_OFF = CachePolicy(mode="off")
 
 log = logging.getLogger("asmodel.service")
 
@@ -61,12 +65,16 @@ class Asked:
     """What was asked of the stream besides, for an upstream whose own stream is the answer."""
     identity: str | None = None
     """What names the run for its client: its `Idempotency-Key`."""
-    digest: str = ""
-    """Of the request as it was sent, by which it is known that an identity is used for no other."""
+    body: bytes = b""
+    """The request as it was sent, by which it is known that an identity is used for no other."""
     retry: bool = False
     """Whether an SDK sends the request again by itself."""
     ignored: tuple[str, ...] = ()
     """Names of what was sent and has no meaning for this model."""
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.body).hexdigest() if self.body else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,18 +137,20 @@ class Service:
         self._program_limits = dict(program_limits or {})
         self._cache_programs = cache_programs
         self._cache_upstreams = cache_upstreams
+        self._verbatim: dict[str, bool] = {}
+        self._all_verbatim: dict[str, bool] = {}
+        self._playable: set[tuple[str, ...]] = set()
+        """The programs and presets whose roles are known to be played by those who can."""
 
-    @contextmanager
-    def under_way(self) -> Generator[None]:
-        """Around a request, so that the server's end can wait for it."""
+    def begin(self) -> None:
+        """A request has come, so that the server's end can wait until it has ended."""
         self._under_way += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
+
+    def end(self) -> None:
+        self._under_way -= 1
+        if not self._under_way:
+            self._idle.set()
 
     async def idle(self, seconds: float) -> bool:
         """Wait until no request is under way; whether that came about in time."""
@@ -164,14 +174,8 @@ class Service:
                 f'"{model.name}" is an upstream, passed through; only programs take `asmodel.params` and `.roles`',
                 param="asmodel.params" if asked.params else "asmodel.roles",
             )
-        try:
-            with tracing.waiting("upstream.loading"):
-                async with asyncio.timeout(LOADING):
-                    await self.ready.wait()
-        except TimeoutError:
-            raise Draining("the server is still loading", code="loading", retry_after=5.0) from None
-        if self.draining:
-            raise stopping()
+        if not self.ready.is_set():
+            await self._loaded()
         if isinstance(model, ServedProgram):
             effects.check(
                 model.program,
@@ -187,23 +191,39 @@ class Service:
         if isinstance(model, ServedProgram):
             limits = limits.tightened(self._program_limits.get(model.program.name, Limits()))
         budget = Budget(limits=limits)
+        used: tuple[str, ...] = ()
         if isinstance(model, ServedProgram):
+            used = (model.name, *(step.name for step in model.program.steps_with(params)))
+        if isinstance(model, ServedProgram) and (asked.roles or used not in self._playable):
             with (
                 tracing.waiting("upstream.detection"),
                 budget.asking(),
             ):  # An upstream that must try before it can say what it can is asked here, once.
-                await require(model.program, self.models.cast(model, asked.roles))
+                await require(model.program, self.models.cast(model, asked.roles), params=params)
+            if not asked.roles and (model.name in self.models.programs or model.name in self.models.presets):
+                # What an upstream can do does not go away; and of these names there are so many and no more.
+                self._playable.add(used)
         if limits.cost is not None:
             self._refuse_unpriced(model, asked.roles, asked)
         deadline = None if limits.seconds is None else asyncio.get_running_loop().time() + limits.seconds
-        id = f"run_{secrets.token_hex(8)}"
+        id = f"run_{new_id(64)}"
         job = Job(id=id, model=model, asked=asked, budget=budget, deadline=deadline, params=params)
         # Who names a request means that one and no other, however often it comes.
-        counted = asked.digest and asked.identity is None and self._policy(model, asked).mode == "on"
+        counted = asked.body and asked.identity is None and self._policy(model, asked).mode == "on"
         if self.store is not None and counted and self._repeats(model.name, asked.scope):
             deliveries = Deliveries(self.store)
             job.delivery = await deliveries.begin(asked.digest, scope=asked.scope, retry=asked.retry)
         return job
+
+    async def _loaded(self) -> None:
+        try:
+            with tracing.waiting("upstream.loading"):
+                async with asyncio.timeout(LOADING):
+                    await self.ready.wait()
+        except TimeoutError:
+            raise Draining("the server is still loading", code="loading", retry_after=5.0) from None
+        if self.draining:
+            raise stopping()
 
     async def plan(self, name: str, asked: Asked) -> Plan:
         """What answering would find in the cache, and what it would buy; nothing is bought."""
@@ -241,13 +261,31 @@ class Service:
 
     async def passes_on(self, job: Job) -> bool:
         """Whether the upstream's own bytes go to the client: it speaks OpenAI's format, and no cache is asked first."""
-        if isinstance(job.model, ServedProgram) or self._policy(job.model, job.asked).mode != "off":
+        model = job.model
+        if isinstance(model, ServedProgram) or self._policy(model, job.asked).mode != "off":
             return False
-        return (await job.model.upstream.capabilities()).verbatim
+        # What format it speaks is known from the start, other than what must be tried.
+        known = self._verbatim.get(model.name)
+        if known is None:
+            known = self._verbatim[model.name] = (await model.upstream.capabilities()).verbatim
+        return known
+
+    async def only_passes_on(self, job: Job) -> bool:
+        """Where it passes on: whether all of the upstream's equals would do so too."""
+        model = job.model
+        assert not isinstance(model, ServedProgram)
+        known = self._all_verbatim.get(model.name)
+        if known is None:
+            members = getattr(model.upstream, "members", (model.upstream,))
+            known = all([(await member.capabilities()).verbatim for member in members])
+            self._all_verbatim[model.name] = known
+        return known
 
     def _policy(self, model: Model, asked: Asked) -> CachePolicy:
+        if asked.cache is not None:
+            return asked.cache
         on = self._cache_programs if isinstance(model, ServedProgram) else self._cache_upstreams
-        return asked.cache or CachePolicy(mode="on" if on else "off")
+        return _ON if on else _OFF
 
     async def answer(
         self,

@@ -174,6 +174,16 @@ class UpstreamSettings(_WithOptions):
         return self.options if self.api_key is None else {**self.options, "api_key": self.api_key}
 
 
+class ToolSettings(_WithOptions):
+    """A tool that programs reach by its name: a corpus that they search, say."""
+
+    kind: str = Field(
+        default="corpus",
+        min_length=1,
+        description="The plug-in: `corpus`, another that is installed, or `module:attribute`.",
+    )
+
+
 class RunLimits(_Table):
     """Upper bounds of one run; without a value there is no bound. A request may tighten them, never widen them."""
 
@@ -193,6 +203,17 @@ class LimitsSettings(RunLimits):
     body_bytes: Whole = Field(default=20_000_000, ge=1, description="Bytes of a request's body.")
     messages: Whole = Field(default=2048, ge=1, description="Messages in a request.")
     n: Whole = Field(default=16, ge=1, description="The highest `n`: how often one request may run a program.")
+    in_flight: Whole = Field(
+        default=2_000,
+        ge=1,
+        description="Requests that one process answers at a time; what is more is refused with 503, to come again.",
+    )
+    in_flight_bytes: Whole = Field(
+        default=268_435_456,
+        ge=1,
+        description="Bytes of the bodies of those requests together. "
+        "In memory a body takes about three times its size.",
+    )
 
 
 Repeats: TypeAlias = Literal["same", "another"]
@@ -344,6 +365,7 @@ class Settings(BaseSettings):
     roles: dict[str, UpstreamName] = Field(default={}, description="Which model plays which role, in every program.")
     programs: dict[Name, ProgramSettings] = Field(default={}, description="What is set for single programs, by name.")
     models: dict[Name, Preset] = Field(default={}, description="Presets, by name.")
+    tools: dict[Name, ToolSettings] = Field(default={}, description="Tools that programs reach by their names.")
     cache: CacheSettings = Field(default=CacheSettings(), description="Where the answers of steps are kept.")
     limits: LimitsSettings = Field(default=LimitsSettings(), description="Bounds of every run and of every request.")
     traces: TraceSettings = Field(default=TraceSettings(), description="The traces that are kept on this machine.")

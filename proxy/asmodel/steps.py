@@ -79,9 +79,12 @@ class Options(TypedDict, total=False):
     cache: bool
     ttl: float
     """Seconds after which a stored reply is not used any more."""
+    shared_prefix: bool
+    """Say of a step whose calls begin alike, with the same long document, that one of them is to go ahead, so that the
+    others find the beginning in the upstream's own prompt cache."""
 
 
-_OF_A_SCORE = ("cache", "ttl")
+_OF_A_SCORE = ("cache", "ttl", "shared_prefix")
 """Options of a score, which has nothing to sample."""
 
 _PARAMS = (
@@ -276,7 +279,12 @@ def step(
 def score(function: Callable[P, tuple[str, str]], /) -> Step[P, tuple[str, str], LogLikelihood]: ...
 @overload
 def score(
-    *, model: str = "default", name: str | None = None, cache: bool = True, ttl: float | None = None
+    *,
+    model: str = "default",
+    name: str | None = None,
+    cache: bool = True,
+    ttl: float | None = None,
+    shared_prefix: bool = False,
 ) -> Callable[[Callable[P, tuple[str, str]]], Step[P, tuple[str, str], LogLikelihood]]: ...
 def score(
     function: Callable[..., Any] | None = None,
@@ -286,6 +294,7 @@ def score(
     name: str | None = None,
     cache: bool = True,
     ttl: float | None = None,
+    shared_prefix: bool = False,
 ) -> Any:
     """Make a step of a function that returns two texts: what is shown, and what is measured after it.
 
@@ -294,6 +303,8 @@ def score(
 
     def make(function: Callable[..., Any]) -> Step[..., Any, LogLikelihood]:
         options = Options(cache=cache) if ttl is None else Options(cache=cache, ttl=ttl)
+        if shared_prefix:
+            options["shared_prefix"] = True
         return Step(name or function.__name__, function, model, _likelihood, None, options, kind="score")
 
     return make if function is None else make(function)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import orjson
 
@@ -51,7 +52,7 @@ def reader(response_format: object) -> Callable[[Reply], str] | None:
     if not isinstance(schema, (Mapping, bool)):
         raise _no_schema("should be a JSON schema")
     try:
-        check = _checked(orjson.dumps(schema))
+        check = _CHECKS.of(orjson.dumps(schema))
     except TypeError:
         raise _no_schema("is not JSON") from None
     # A step and the cache read each answer once.
@@ -74,7 +75,41 @@ def _no_schema(what: str) -> InvalidRequest:
     return InvalidRequest(f"`response_format.json_schema.schema` {what}", param="response_format")
 
 
-@lru_cache(maxsize=64)
+_Check: TypeAlias = "Callable[[str], str | None]"
+
+
+class _Checks:
+    """What was made of the last schemas: `most` of them, and of `most_bytes` together. For several threads."""
+
+    def __init__(self, *, most: int = 64, most_bytes: int = 16_000_000) -> None:
+        self._most = most
+        self._most_bytes = most_bytes
+        self._made: OrderedDict[bytes, _Check] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def of(self, schema: bytes) -> _Check:
+        """Raises InvalidRequest where it is no schema."""
+        with self._lock:
+            if (known := self._made.get(schema)) is not None:
+                self._made.move_to_end(schema)
+                return known
+        made = _checked(schema)
+        with self._lock:
+            if schema not in self._made:
+                # As long as it is: what writes JSON leaves it in all the room that it took.
+                schema = bytes(memoryview(schema))
+                self._made[schema] = made
+                self._bytes += len(schema)
+            while len(self._made) > self._most or (self._bytes > self._most_bytes and len(self._made) > 1):
+                oldest, _ = self._made.popitem(last=False)
+                self._bytes -= len(oldest)
+        return made
+
+
+_CHECKS = _Checks()
+
+
 def _checked(schema: bytes) -> Callable[[str], str | None]:
     """What says of an answer why it does not fit; None where it does."""
     # Only a request with a schema pays for the import.

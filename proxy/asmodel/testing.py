@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from asmodel.calls import JSON, CachePolicy, Document, Emit
     from asmodel.programs import Answer, Program
     from asmodel.protocols import Cache, Upstream
+    from asmodel.tools import Tool
 
 # --- an upstream made of a function ---------------------------------------------------------------------------------
 
@@ -991,6 +992,7 @@ async def run_program(
     upstreams: Mapping[str, Upstream] | None = None,
     params: Mapping[str, JSON] | BaseModel | None = None,
     documents: Sequence[Document] = (),
+    tools: Sequence[Tool[..., Any]] = (),
     cache: Cache | None = None,
     policy: CachePolicy | None = None,
     limits: Limits | None = None,
@@ -1003,9 +1005,10 @@ async def run_program(
     """Answer one question by a program, with all that is between a program and a model in the server.
 
     `upstream` plays every role that has no other player; `upstreams` are further ones by name, and a step's role may
-    be the name of one. With the same `cache` (open, if it has a life) and the same question, a second run is the first
-    one resumed. `hints` are a client's sampling parameters, by OpenAI's names; `choice` counts the choices of `n`;
-    `identity` names the run, as an `Idempotency-Key` does: a program with effects wants one, and a cache.
+    be the name of one; `tools` are those of the settings. With the same `cache` (open, if it has a life) and the same
+    question, a second run is the first one resumed. `hints` are a client's sampling parameters, by OpenAI's names;
+    `choice` counts the choices of `n`; `identity` names the run, as an `Idempotency-Key` does: a program with effects
+    wants one, and a cache.
     Raises what a client would be told: AsmodelError.
     """
     from asmodel.app import onion
@@ -1019,7 +1022,7 @@ async def run_program(
     if not given:
         raise TypeError("run_program wants an upstream, such as upstream=FunctionUpstream(lambda call: 'yes')")
     wrapped = onion(given, {name: UpstreamSettings(kind="function") for name in given}, cache)
-    models = Models([program], wrapped, store=cache)
+    models = Models([program], wrapped, tools={tool.name: tool for tool in tools}, store=cache)
     service = Service(models, store=cache, journals=cache)
     service.ready.set()
     asked = Asked(

@@ -108,7 +108,7 @@ class Trace:
 
 _COLUMNS = (
     "trace_id, span_id, root, run_id, program, model, start_ns, end_ns, outcome, error, process, steps, hits, joined,"
-    " calls, input_tokens, output_tokens, cost, unpriced, spans"
+    " calls, input_tokens, output_tokens, cost, unpriced, spans, unit"
 )
 
 
@@ -133,28 +133,23 @@ def spans(path: Path, id_prefix: str) -> Trace:
     with _reading(path) as connection:
         if _is_empty(connection):
             raise NoSuchTrace(f"no runs are kept yet: {path} is empty")
-        found = _find(connection, id_prefix.strip().lower(), path)
-        row = found[0]
-        whole = len({r.root for r in found}) > 1
-        where, values = "trace_id = ?", [row.trace_id]
-        if not whole:
-            where, values = f"{where} AND root = ?", [row.trace_id, row.root]
-        kept = connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE {where} ORDER BY start_ns", values).fetchall()
+        chosen = _find(connection, id_prefix.strip().lower(), path)
+        row = _run_row(chosen[0])
+        whole = len({_unit(r) for r in chosen}) > 1
+        where, value = ("trace_id = ?", row.trace_id) if whole else ("unit = ?", _unit(chosen[0]))
+        kept = connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE {where} ORDER BY start_ns", (value,)).fetchall()
         found = [_run_row(r) for r in kept]
-        nodes = [
-            _node(*r)
-            for r in connection.execute(
-                f"SELECT span_id, parent_id, root, run, start_ns, end_ns, data FROM spans WHERE {where}"
-                " ORDER BY start_ns, end_ns DESC",
-                values,
-            )
-        ]
+        nodes: list[tuple[Node, str]] = []
+        for unit in dict.fromkeys(map(_unit, kept)):
+            root = _hex(unit)
+            nodes += [_node(row, root) for row in _rows(connection, unit)]
+        nodes.sort(key=lambda pair: (pair[0].start_ns, -(pair[0].end_ns or 0)))
         links = {(link.trace_id, link.span_id) for node, _ in nodes for link in node.links}
         payers = _payers(connection, links)
     return Trace(trace_id=row.trace_id, runs=tuple(found), roots=_tree(nodes), payers=payers)
 
 
-def _find(connection: sqlite3.Connection, wanted: str, path: Path) -> list[RunRow]:
+def _find(connection: sqlite3.Connection, wanted: str, path: Path) -> list[Sequence[Any]]:
     if wanted == "last":
         rows = connection.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY start_ns DESC LIMIT 1").fetchall()
     else:
@@ -168,31 +163,43 @@ def _find(connection: sqlite3.Connection, wanted: str, path: Path) -> list[RunRo
         (count,) = connection.execute("SELECT count(*) FROM runs").fetchone()
         raise NoSuchTrace(f"no run has an id that begins with {wanted!r}; {count} are kept in {path}")
     if len({run.trace_id for run in found}) == 1:
-        return found
-    exact = [run for run in found if wanted in (run.trace_id, (run.run_id or "").lower())]
-    if len({run.trace_id for run in exact}) == 1:
-        return exact
+        return rows
+    exact = [run.span_id for run in found if wanted in (run.trace_id, (run.run_id or "").lower())]
+    if len({run.trace_id for run in found if run.span_id in exact}) == 1:
+        return [row for row, run in zip(rows, found, strict=True) if run.span_id in exact]
     some = ", ".join(f"{run.run_id or run.trace_id} ({run.name})" for run in found[:5])
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
     raise NoSuchTrace(f"{wanted!r} begins the ids of {len(found)} runs: {some}{more}")
 
 
+def _unit(row: Sequence[Any]) -> int:
+    return int(row[-1])
+
+
+def _hex(number: int) -> str:
+    return f"{number & (1 << 64) - 1:016x}"
+
+
+def _rows(connection: sqlite3.Connection, unit: int) -> Iterable[dict[str, Any]]:
+    """The spans of a unit, each as it was last: open, if it has not ended."""
+    rows: dict[str, dict[str, Any]] = {}
+    for (data,) in connection.execute("SELECT data FROM chunks WHERE unit = ? ORDER BY open DESC, id", (unit,)):
+        rows |= {row["id"]: row for row in orjson.loads(data)}
+    return rows.values()
+
+
 def _payers(connection: sqlite3.Connection, links: Iterable[tuple[str, str]]) -> dict[str, RunRow]:
     payers: dict[str, RunRow] = {}
-    cache: dict[str, RunRow] = {}
+    wanted: dict[str, set[str]] = {}
     for trace_id, span_id in links:
-        row = connection.execute(
-            "SELECT run FROM spans WHERE trace_id = ? AND span_id = ? AND run IS NOT NULL", (trace_id, span_id)
-        ).fetchone()
-        if row is None:
-            continue
-        (run,) = row
-        if run not in cache:
-            found = connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE span_id = ?", (run,)).fetchone()
-            if found is None:
-                continue
-            cache[run] = _run_row(found)
-        payers[span_id] = cache[run]
+        wanted.setdefault(trace_id, set()).add(span_id)
+    for trace_id, span_ids in wanted.items():
+        kept = connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE trace_id = ?", (trace_id,)).fetchall()
+        by_span = {run.span_id: run for run in map(_run_row, kept)}
+        for unit in dict.fromkeys(map(_unit, kept)):
+            for row in _rows(connection, unit):
+                if row["id"] in span_ids and row["run"] in by_span:
+                    payers[row["id"]] = by_span[row["run"]]
     return payers
 
 
@@ -225,7 +232,7 @@ def _reading(path: Path) -> Generator[sqlite3.Connection]:
 
 def _run_row(row: Sequence[Any]) -> RunRow:
     (trace_id, span_id, root, run_id, program, model, start, end, outcome, error, process_, *counts) = row
-    steps, hits, joined, calls, input_tokens, output_tokens, cost, unpriced, kept = counts
+    steps, hits, joined, calls, input_tokens, output_tokens, cost, unpriced, kept, _ = counts
     seconds: float | None = None
     if outcome is None:
         outcome = "lost" if is_gone(process_) else "running"
@@ -255,24 +262,22 @@ def _run_row(row: Sequence[Any]) -> RunRow:
     )
 
 
-def _node(
-    span_id: str, parent_id: str | None, root: str, run: str | None, start_ns: int, end_ns: int | None, data: str
-) -> tuple[Node, str]:
-    body: dict[str, Any] = orjson.loads(data)
+def _node(row: Mapping[str, Any], root: str) -> tuple[Node, str]:
+    run = row["run"]
     node = Node(
-        span_id=span_id,
-        parent_id=parent_id,
-        name=body["name"],
-        kind=body["kind"],
-        start_ns=start_ns,
-        end_ns=end_ns,
-        failed=body["failed"],
-        attributes=body["attributes"],
-        events=tuple(Event(name=n, time_ns=t, attributes=a) for n, t, a in body["events"]),
-        links=tuple(LinkTo(trace_id=t, span_id=s, attributes=a) for t, s, a in body["links"]),
+        span_id=row["id"],
+        parent_id=row["parent"],
+        name=row["name"],
+        kind=row["kind"],
+        start_ns=row["start"],
+        end_ns=row["end"],
+        failed=row.get("failed", False),
+        attributes=row["attributes"],
+        events=tuple(Event(name=n, time_ns=t, attributes=a) for n, t, a in row.get("events", ())),
+        links=tuple(LinkTo(trace_id=t, span_id=s, attributes=a) for t, s, a in row.get("links", ())),
     )
     # Where a parent is missing (dropped, or never written), the span hangs under its run, or under the request.
-    return node, run if run is not None and run != span_id else root
+    return node, run if run is not None and run != node.span_id else root
 
 
 def _tree(nodes: Sequence[tuple[Node, str]]) -> tuple[Node, ...]:

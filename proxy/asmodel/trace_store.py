@@ -1,12 +1,17 @@
 """Writes the last runs into a SQLite file of the user's own: what `asmodel trace` reads when nobody runs a collector.
 
-`LocalTraces` takes spans as they start and end, on whatever thread that happens, and only appends them to a bounded
-queue. One thread for each process writes what has gathered, ten times a second, in one transaction. A span that is
-still open when its turn comes is written as open, so a run in progress can be looked at, and so can one whose process
-was killed. Several processes may write to one file (WAL). `trace_reader` reads it.
+`LocalTraces` is the keeper (trace_spans.py) of a process's spans: it is told which requests have something new, on
+whatever thread that happens, and puts them into a bounded queue. One thread for each process writes what has gathered,
+ten times a second, in one transaction. A span that is still open when its turn comes is written as open, so a run in
+progress can be looked at, and so can one whose process was killed. Several processes may write to one file (WAL).
+`trace_reader` reads it.
 
 A run is the outermost `invoke_workflow` span of a request; a request that was passed through to a model is a run too.
 Requests in which neither happens (a list of models, a refusal) are not kept.
+
+All that a turn has of a request is written as one text (trace_schema.py says how), and a request that began and ended
+within a turn is written once. Where so many do that the file would soon have to forget them, they are held for up to a
+second, and only the last of them are written at all; what is under way is not held, and so never seen late.
 """
 
 from __future__ import annotations
@@ -20,13 +25,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
-from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
+from opentelemetry.trace import SpanKind, StatusCode
 
 from asmodel import trace_schema
 from asmodel import tracing as names
@@ -34,11 +39,13 @@ from asmodel.trace_reader import NoSuchTrace as NoSuchTrace
 from asmodel.trace_reader import TraceFileUnreadable as TraceFileUnreadable
 from asmodel.trace_reader import runs as runs
 from asmodel.trace_reader import spans as spans
-from asmodel.trace_schema import SCHEMA, TABLES, Outcome, process
+from asmodel.trace_schema import SCHEMA, TABLES, Outcome, number, process
 from asmodel.trace_schema import default_path as default_path
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.trace import Link
+
+    from asmodel.trace_spans import Recorded, Unit
 
 log = logging.getLogger("asmodel.tracing")
 
@@ -49,40 +56,41 @@ MAX_DATA = 32 * 2**10
 MAX_CONTENT = 256 * 2**10
 """Characters of an attribute with content, which has been cut to its own limit already, inside of its JSON."""
 
-QUEUE = 16_384
-"""Spans waiting to be written. Half of it for starts: a span that has been let in can then nearly always end."""
+QUEUE = 32_768
+"""Spans that may wait. One that has been let in can always end."""
 EVERY = 0.1
-"""Seconds in which spans gather before they are written, unless an eighth of the queue is full before."""
+"""Seconds in which spans gather before they are written, unless half of the queue is full before."""
+HOLD = 1.0
+"""Seconds for which requests are held that began and ended within a turn, where they are many."""
+AT_ONCE = 50
+"""Requests that are read without a pause. It takes a millisecond, for which nothing else can run."""
+TOGETHER = 250
+"""Requests that are written in one transaction: what is in one is in memory, and then in the log of the file."""
 REOPEN_EVERY = 60.0
 """Seconds between two tries to open a file that could not be opened."""
 
 _CALLS = frozenset(names.OPERATIONS.values())
+_KINDS = {kind: kind.name.lower() for kind in SpanKind}
 
 
-@dataclass(slots=True)
-class _Unit:
-    """One request, or whatever else is outermost: all spans under one local root."""
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A run, as its row says it. Only this process writes that row."""
 
+    id: int
+    unit: int
+    span: int
+    """The id of the span that is the run."""
+    span_id: str
+    trace_id: str
     root: str
-    span: ReadableSpan
-    kept: bool = False
-    """Whether a run has begun in it."""
-    run: str | None = None
-    """The run that its spans belong to outside of any program: set where a model is passed through."""
-
-
-@dataclass(slots=True)
-class _Live:
-    """A span that has started and not ended."""
-
-    unit: _Unit
-    run: str | None
-    span: ReadableSpan
-    written: bool = False
-
-
-@dataclass(slots=True)
-class _Sums:
+    run_id: str | None
+    program: str | None
+    model: str | None
+    start_ns: int
+    end_ns: int | None = None
+    outcome: Outcome | None = None
+    error: str | None = None
     spans: int = 0
     steps: int = 0
     hits: int = 0
@@ -92,56 +100,82 @@ class _Sums:
     output_tokens: int = 0
     cost: float = 0.0
     unpriced: int = 0
+    fits: bool = True
+    """Whether there is room for more of its spans."""
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """What the writer knows of a unit."""
+
+    number: int
+    root: str
+    trace_id: str
+    top: Recorded | None
+    """Its outermost span; let go of once that has ended."""
+    run: _Kept | None = None
+    """The run that its spans belong to outside of any program: set where a model is passed through."""
+    begun: bool = False
+    """Whether a run has begun in it. If not, its spans wait for one."""
+    waiting: list[Recorded] = field(default_factory=list["Recorded"])
+    open: int = 0
+    """How many of its spans have begun and not ended."""
+    shown: bool = False
+    """Whether any was written as open."""
+    above: int = 0
+    """Spans written of those that belong to no run."""
 
 
 class LocalTraces:
-    """The writer of one process. `started` and `ended` may be called on any thread and never wait."""
+    """The writer of one process. `take` may be called on any thread and never waits."""
 
     def __init__(self, path: Path, *, max_runs: int = MAX_RUNS, max_bytes: int = MAX_BYTES, queue: int = QUEUE) -> None:
         self.path = path
+        self.off = False
         self.dropped = 0
-        """Spans that found the queue full."""
-        self._queue: deque[tuple[bool, ReadableSpan]] = deque()
-        self._limit = queue
+        """Spans that found no room."""
+        self.room = queue
+        """How many spans more find room until the next turn. Counted without a lock: it begins anew with each turn, so
+        what two threads miscount is forgotten with it."""
+        self._most = queue
+        self._queue: deque[Unit] = deque()
         self._wake = threading.Event()
         self._hurry = threading.Event()
+        self._awake = False
         self._stopping = False
         self._asked = 0
         self._flushed = 0
         self._turn = threading.Condition()
-        self._off = False
+        self._held: deque[Unit] = deque(maxlen=max_runs)
+        """Requests that have ended and are to be written, but for those that the file would forget again."""
+        self._held_spans = 0
+        self._many = max(1, round(max_runs * EVERY / HOLD))
+        """So many a turn are many."""
         self._writer = _Writer(path, max_runs=max_runs, max_bytes=max_bytes)
         self._thread = threading.Thread(target=self._write, name="asmodel-traces", daemon=True)
         self._thread.start()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=functools.partial(_after_fork, weakref.ref(self)))
 
-    def started(self, span: ReadableSpan) -> None:
-        if self._off:
+    def take(self, unit: Unit) -> None:
+        if self.off:
             return
-        if len(self._queue) >= self._limit // 2:
-            self.dropped += 1
-            return
-        self._queue.append((True, span))
-        if not self._wake.is_set():
+        self._queue.append(unit)
+        if not self._awake:
+            self._awake = True
             self._wake.set()
+        if self.room < self._most // 2 and not self._hurry.is_set():
+            self._hurry.set()
 
-    def ended(self, span: ReadableSpan) -> None:
-        if self._off:
-            return
-        if len(self._queue) >= self._limit:
-            self.dropped += 1
-            return
-        self._queue.append((False, span))
-        if not self._wake.is_set():
-            self._wake.set()
-        if len(self._queue) >= self._limit // 8 and not self._hurry.is_set():
+    def refuse(self) -> None:
+        self.dropped += 1
+        if not self._hurry.is_set():
             self._hurry.set()
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that has been handed in is written; False where `timeout` seconds were not enough."""
         with self._turn:
-            if self._off:
+            if self.off:
                 return True
             self._asked += 1
             mine = self._asked
@@ -151,7 +185,7 @@ class LocalTraces:
 
     def shutdown(self, timeout: float = 5.0) -> bool:
         """Write what is left and stop; False where `timeout` seconds were not enough."""
-        self._off = True
+        self.off = True
         self._stopping = True
         self._hurry.set()
         self._wake.set()
@@ -161,17 +195,28 @@ class LocalTraces:
 
     def _write(self) -> None:
         said = False
+        held_until = 0.0
         while True:
-            self._wake.wait()
+            # What is held is written in time, whether more comes or not.
+            self._wake.wait(max(0.0, held_until - time.monotonic()) if self._held else None)
             self._wake.clear()
-            self._hurry.wait(EVERY)
+            hurried = self._hurry.wait(EVERY)
             self._hurry.clear()
             stopping = self._stopping
             asked = self._asked
+            # Before the queue is looked at: who finds it False after that wakes us again.
+            self._awake = False
+            units = [self._queue.popleft() for _ in range(len(self._queue))]
+            now = time.monotonic()
+            if not self._held:
+                held_until = now + HOLD
+            units = self._hold(units, all_of_them=hurried or now >= held_until)
             try:
-                self._writer.write(_drained(self._queue))
+                for at in range(0, len(units) or 1, TOGETHER):
+                    self._writer.write(units[at : at + TOGETHER], hurried=hurried)
             except Exception:  # one odd span must not end the record of all that come after it
                 log.warning("some spans could not be written to %s", self.path, exc_info=True)
+            self.room = self._most - self._held_spans
             with self._turn:
                 self._flushed = asked
                 self._turn.notify_all()
@@ -182,9 +227,31 @@ class LocalTraces:
                 self._writer.close()
                 return
 
+    def _hold(self, units: list[Unit], *, all_of_them: bool) -> list[Unit]:
+        """Those that are to be written now."""
+        whole = [unit for unit in units if unit.state is None and _is_whole(unit.fresh)]
+        if len(whole) <= self._many and not self._held:
+            return units
+        held = self._held
+        for unit in whole:
+            if len(held) == held.maxlen:
+                # Emptied, since spans and their unit know each other, and would wait for the garbage collector.
+                forgotten = held.popleft()
+                self._held_spans -= len(forgotten.fresh)
+                forgotten.fresh.clear()
+            held.append(unit)
+            self._held_spans += len(unit.fresh)
+        ended = set(map(id, whole))
+        now = [unit for unit in units if id(unit) not in ended]
+        if all_of_them or len(whole) <= self._many or self._held_spans > self._most // 2:
+            now = [*held, *now]
+            held.clear()
+            self._held_spans = 0
+        return now
+
     def forget(self) -> None:
         """For a forked child, which has the queue but not the thread: record nothing."""
-        self._off = True
+        self.off = True
         self._queue.clear()
 
 
@@ -194,9 +261,9 @@ def _after_fork(ref: weakref.ref[LocalTraces]) -> None:
         local.forget()
 
 
-def _drained(queue: deque[tuple[bool, ReadableSpan]]) -> Iterator[tuple[bool, ReadableSpan]]:
-    for _ in range(len(queue)):
-        yield queue.popleft()
+def _is_whole(fresh: Sequence[Recorded]) -> bool:
+    """Whether a request has ended that may have been a run. One span alone is hardly ever one, and is read at once."""
+    return len(fresh) > 1 and fresh[0].end_time is not None
 
 
 class _Writer:
@@ -212,28 +279,22 @@ class _Writer:
         self._damaged = 0
         self._retry_at = 0.0
         self._warned = False
-        self._live: dict[str, _Live] = {}
-        self._fresh: list[_Live] = []
-        self._kept: dict[str, int] = {}
-        self._statements: list[tuple[str, Sequence[object]]] = []
-        self._sums: dict[str, _Sums] = {}
+        # What there is to be written.
+        self._chunks: list[tuple[int, bool, str]] = []
+        self._over: list[tuple[int]] = []
+        """Units none of whose spans is open any more."""
+        self._runs: dict[int, _Kept] = {}
 
-    def write(self, spans: Iterable[tuple[bool, ReadableSpan]]) -> None:
-        for is_start, span in spans:
-            (self._start if is_start else self._end)(span)
-        for live in self._fresh:
-            self._write_open(live)
-        self._fresh = [live for live in self._fresh if not live.unit.kept and self._is_open(live)]
-        if len(self._live) > 2 * QUEUE:
-            # Spans whose end was dropped. The oldest are the likeliest to be those.
-            for span_id in list(self._live)[:QUEUE]:
-                del self._live[span_id]
-        if not self._statements and not self._sums:
+    def write(self, units: Sequence[Unit], *, hurried: bool = False) -> None:
+        for at, unit in enumerate(units, start=1):
+            self._absorb(unit)
+            if at % AT_ONCE == 0 and not hurried:
+                time.sleep(0.001)
+        if not self._chunks and not self._runs:
             return
         connection = self._open()
         if connection is None:
-            self._statements.clear()
-            self._sums.clear()
+            self._drop()
             return
         try:
             self._commit(connection)
@@ -242,13 +303,17 @@ class _Writer:
             self._warn(f"cannot be written ({error})")
             with contextlib.suppress(sqlite3.Error):
                 connection.rollback()
-            if len(self._statements) > QUEUE:
-                self._statements.clear()
-                self._sums.clear()
+            if len(self._chunks) > QUEUE:
+                self._drop()
         except sqlite3.DatabaseError as error:
             self._warn(f"is damaged ({error})")
             self._damaged = self._inode
             self.close()
+
+    def _drop(self) -> None:
+        self._chunks.clear()
+        self._over.clear()
+        self._runs.clear()
 
     def close(self) -> None:
         if self._connection is not None:
@@ -258,155 +323,178 @@ class _Writer:
 
     # -- what a span means ------------------------------------------------------------------------------------------
 
-    def _start(self, span: ReadableSpan) -> None:
-        span_id = _id(span)
-        attributes = span.attributes or {}
-        above = self._live.get(format_span_id(span.parent.span_id)) if span.parent is not None else None
-        live = _Live(_Unit(span_id, span), None, span) if above is None else _Live(above.unit, above.run, span)
-        self._live[span_id] = live
-        self._fresh.append(live)
-        unit = live.unit
-        if names.RUN_ID in attributes and names.RUN_PROGRAM in attributes:
-            if live.run is None:
-                live.run = span_id
-                self._begin(live, program=str(attributes[names.RUN_PROGRAM]), model=None)
-        elif live.run is None and unit.run is None and (names.STEP_NAME in attributes or _is_call(attributes)):
-            unit.run = unit.root
-            root = self._live.get(unit.root)
-            if root is not None:
-                # Of a step outside of any program, the name is the upstream's.
-                model = attributes.get(names.REQUEST_MODEL) or attributes.get(names.STEP_NAME)
-                self._begin(root, program=None, model=str(model) if model else None)
-
-    def _begin(self, live: _Live, *, program: str | None, model: str | None) -> None:
-        """A run begins, with the span of `live`."""
-        live.unit.kept = True
-        span = live.span
-        run_id = (span.attributes or {}).get(names.RUN_ID)
-        self._statements.append(
-            (
-                "INSERT OR REPLACE INTO runs"
-                " (span_id, trace_id, root, run_id, program, model, start_ns, process, seen_ns)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    _id(span),
-                    _trace(span),
-                    live.unit.root,
-                    None if run_id is None else str(run_id),
-                    program,
-                    model,
-                    span.start_time,
-                    self._process,
-                    time.time_ns(),
-                ),
-            )
-        )
-        root = self._live.get(live.unit.root)
-        if root is not None:
-            self._write_open(root)
-
-    def _end(self, span: ReadableSpan) -> None:
-        live = self._live.pop(_id(span), None)
-        if live is None or not live.unit.kept:
+    def _absorb(self, unit: Unit) -> None:
+        """Read what is fresh in a unit, and put it down as what is to be written."""
+        # First: what comes after it is told again, and what comes before the next line is read now.
+        unit.queued = False
+        fresh = unit.fresh[:]
+        del unit.fresh[: len(fresh)]
+        state: _State | None = unit.state
+        ended: list[Recorded] = []
+        opened: list[Recorded] = []
+        for span in fresh:
+            if not span.seen:
+                # Before its end is looked at: one that ends after that tells.
+                span.seen = True
+                span.hex = f"{span.span_id:016x}"
+                if state is None:
+                    state = unit.state = _State(number(span.span_id), span.hex, f"{span.trace_id:032x}", span)
+                self._place(state, span)
+                state.open += 1
+                if span.end_time is None:
+                    opened.append(span)
+                    continue
+            if not span.written and span.end_time is not None:
+                span.written = True
+                state_ = cast("_State", state)
+                state_.open -= 1
+                ended.append(span)
+        if state is None:
             return
-        run = live.run or live.unit.run
-        # A span above the program (the request's own) belongs to no run, and is kept with those that do.
-        key = run or live.unit.root
-        kept = self._kept[key] = self._kept.get(key, 0) + 1
-        if kept <= trace_schema.MAX_SPANS or live.written:
-            self._put(live, span)
-        if run is None:
-            self._kept.pop(key, None)
+        if not state.begun:
+            # Nothing is written until a run begins in it; what has ended by then has nothing to do with the run.
+            state.waiting = [span for span in (*state.waiting, *opened) if span.end_time is None]
+            if state.open == 0:
+                state.top = None
             return
-        sums = self._sums.setdefault(run, _Sums())
-        attributes = span.attributes or {}
-        sums.spans += 1
-        _add(sums, attributes)
-        if run == _id(span):
-            self._kept.pop(key, None)
-            self._finish(span, attributes)
+        if state.waiting:
+            opened = [span for span in (*state.waiting, *opened) if span.end_time is None]
+            state.waiting = []
+        self._put_down(state, ended, opened)
 
-    def _finish(self, span: ReadableSpan, attributes: Mapping[str, Any]) -> None:
-        error = attributes.get(names.ERROR_TYPE)
-        status = attributes.get(names.HTTP_STATUS)
-        outcome: Outcome = "ok"
-        if attributes.get(names.CANCELLED):
-            outcome = "cancelled"
-        elif span.status.status_code is StatusCode.ERROR or (isinstance(status, int) and status >= 400):
-            outcome = "error"
-        model = attributes.get(names.REQUEST_MODEL)
-        self._statements.append(
-            (
-                "UPDATE runs SET end_ns = ?, outcome = ?, error = ?, model = coalesce(model, ?) WHERE span_id = ?",
-                (
-                    span.end_time,
-                    outcome,
-                    None if error is None else str(error),
-                    None if model is None else str(model),
-                    _id(span),
-                ),
-            )
+    def _place(self, state: _State, span: Recorded) -> None:
+        """Find the run that the span belongs to, which may begin with it."""
+        above = span.above
+        run: _Kept | None = above.kept if above is not None else None
+        attributes = span.attributes
+        if names.RUN_ID in attributes:
+            if run is None and names.RUN_PROGRAM in attributes:
+                run = self._begin(state, span, str(attributes[names.RUN_PROGRAM]), None)
+        elif run is None and state.run is None and (names.STEP_NAME in attributes or _is_call(attributes)):
+            # Of a step outside of any program, the name is the upstream's.
+            model = attributes.get(names.REQUEST_MODEL) or attributes.get(names.STEP_NAME)
+            state.run = self._begin(state, state.top or span, None, str(model) if model else None)
+        span.kept = run
+
+    def _begin(self, state: _State, span: Recorded, program: str | None, model: str | None) -> _Kept:
+        """A run begins, with the span."""
+        run_id = span.attributes.get(names.RUN_ID)
+        state.begun = True
+        run = _Kept(
+            number(span.span_id),
+            state.number,
+            span.span_id,
+            span.hex,
+            state.trace_id,
+            state.root,
+            None if run_id is None else str(run_id),
+            program,
+            model,
+            span.start_time,
         )
+        self._runs[run.id] = run
+        return run
+
+    def _put_down(self, state: _State, ended: list[Recorded], opened: list[Recorded]) -> None:
+        rows: list[dict[str, Any]] = []
+        outside = state.run
+        for span in ended:
+            attributes = span.attributes
+            run: _Kept | None = span.kept or outside
+            if run is None:
+                # Above the program: the request's own span belongs to no run, and is kept with those that do.
+                state.above += 1
+                if state.above <= trace_schema.MAX_SPANS:
+                    rows.append(_row(span, None))
+                continue
+            run.spans += 1
+            self._runs[run.id] = run
+            if names.STEP_NAME in attributes:
+                result = attributes.get(names.CACHE_RESULT)
+                run.steps += 1
+                if result == "hit":
+                    run.hits += 1
+                elif result == "joined":
+                    run.joined += 1
+            elif attributes.get(names.OPERATION) in _CALLS:
+                _add_call(run, attributes)
+            mine = run.span == span.span_id
+            # The run's own span has its place, whether it comes first or last.
+            if mine or run.spans - (run.end_ns is not None) <= trace_schema.MAX_SPANS:
+                rows.append(_row(span, run.span_id))
+            else:
+                run.fits = False
+            if mine:
+                _finish(run, span)
+        if rows:
+            self._chunks.append((state.number, False, _texts(rows)))
+        if opened:
+            rows = [
+                _row(span, run.span_id if run is not None else None)
+                for span in opened
+                if (run := span.kept or outside) is None or run.fits
+            ]
+            if rows:
+                state.shown = True
+                self._chunks.append((state.number, True, _texts(rows)))
+        if state.open == 0:
+            # What comes later begins anew, and finds its run with the span above it.
+            state.top = None
+            if state.shown:
+                state.shown = False
+                self._over.append((state.number,))
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
-    def _is_open(self, live: _Live) -> bool:
-        return _id(live.span) in self._live
-
-    def _write_open(self, live: _Live) -> None:
-        if live.unit.kept and not live.written and self._is_open(live):
-            live.written = True
-            self._put(live, live.span)
-
-    def _put(self, live: _Live, span: ReadableSpan) -> None:
-        self._statements.append(
-            (
-                "INSERT OR REPLACE INTO spans (trace_id, root, span_id, parent_id, run, start_ns, end_ns, data)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    _trace(span),
-                    live.unit.root,
-                    _id(span),
-                    None if span.parent is None else format_span_id(span.parent.span_id),
-                    live.run or live.unit.run,
-                    span.start_time,
-                    span.end_time,
-                    _data(span),
-                ),
-            )
-        )
-
     def _commit(self, connection: sqlite3.Connection) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        for statement, values in self._statements:
-            connection.execute(statement, values)
+        chunks, runs = self._chunks, list(self._runs.values())
+        if len(runs) > self._max_runs:
+            # They would be written to be forgotten.
+            kept = {run.unit for run in runs[-self._max_runs :]}
+            runs = [run for run in runs if run.unit in kept or run.end_ns is None]
+            left = {run.unit for run in self._runs.values()} - {run.unit for run in runs}
+            chunks = [chunk for chunk in chunks if chunk[0] not in left]
         now = time.time_ns()
-        connection.executemany(
-            "UPDATE runs SET seen_ns = ?, spans = spans + ?, steps = steps + ?, hits = hits + ?, joined = joined + ?,"
-            " calls = calls + ?, input_tokens = input_tokens + ?, output_tokens = output_tokens + ?, cost = cost + ?,"
-            " unpriced = unpriced + ? WHERE span_id = ?",
-            [
-                (
-                    now,
-                    s.spans,
-                    s.steps,
-                    s.hits,
-                    s.joined,
-                    s.calls,
-                    s.input_tokens,
-                    s.output_tokens,
-                    s.cost,
-                    s.unpriced,
-                    run,
-                )
-                for run, s in self._sums.items()
-            ],
-        )
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany("INSERT INTO chunks (unit, open, data) VALUES (?, ?, ?)", chunks)
+        if self._over:
+            connection.executemany("DELETE FROM chunks WHERE unit = ? AND open", self._over)
+        if runs:
+            connection.executemany(
+                f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * 23)})",
+                [
+                    (
+                        run.id,
+                        run.unit,
+                        run.span_id,
+                        run.trace_id,
+                        run.root,
+                        run.run_id,
+                        run.program,
+                        run.model,
+                        run.start_ns,
+                        run.end_ns,
+                        run.outcome,
+                        run.error,
+                        self._process,
+                        now,
+                        run.spans,
+                        run.steps,
+                        run.hits,
+                        run.joined,
+                        run.calls,
+                        run.input_tokens,
+                        run.output_tokens,
+                        run.cost,
+                        run.unpriced,
+                    )
+                    for run in runs
+                ],
+            )
+        self._prune(connection)
         connection.execute("COMMIT")
         self._warned = False
-        self._statements.clear()
-        self._sums.clear()
-        self._prune(connection)
+        self._drop()
 
     def _prune(self, connection: sqlite3.Connection) -> None:
         """Forget the requests that have been quiet for longest, until both bounds are kept."""
@@ -414,17 +502,11 @@ class _Writer:
         # what it stays at.
         most = self._max_bytes // 8 * 7
         (count,) = connection.execute("SELECT count(*) FROM runs").fetchone()
-        if count <= self._max_runs and _used(connection) <= most:
-            return
-        connection.execute("BEGIN IMMEDIATE")
         while count > 1 and (count > self._max_runs or _used(connection) > most):
-            oldest = connection.execute(
-                "SELECT trace_id, root FROM runs ORDER BY seen_ns, start_ns LIMIT ?", (max(1, count - self._max_runs),)
-            ).fetchall()
-            connection.executemany("DELETE FROM spans WHERE trace_id = ? AND root = ?", oldest)
-            connection.executemany("DELETE FROM runs WHERE trace_id = ? AND root = ?", oldest)
+            oldest = "unit IN (SELECT unit FROM runs ORDER BY seen_ns, start_ns LIMIT ?)"
+            for table in ("chunks", "runs"):
+                connection.execute(f"DELETE FROM {table} WHERE {oldest}", (max(1, count - self._max_runs),))
             (count,) = connection.execute("SELECT count(*) FROM runs").fetchone()
-        connection.execute("COMMIT")
 
     # -- the file ---------------------------------------------------------------------------------------------------
 
@@ -499,9 +581,15 @@ def _connected(path: Path) -> sqlite3.Connection:
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if found != SCHEMA and (found or tables):
             raise sqlite3.DatabaseError(f"its version is {found}, not {SCHEMA}")
+        # A chunk fits on a page, and several do: fewer of them to be written. Of a new file; the cache holds what a few
+        # turns have written, and so what is forgotten for it need not be read again.
+        connection.execute("PRAGMA page_size = 16384")
+        connection.execute("PRAGMA cache_size = -8000")
         connection.execute("PRAGMA journal_mode = WAL")
         # In WAL mode this loses nothing when the process dies; a power cut may take the last moments.
         connection.execute("PRAGMA synchronous = NORMAL")
+        # 8 MB, until which what is written is not yet in the file itself.
+        connection.execute("PRAGMA wal_autocheckpoint = 500")
         connection.execute(f"PRAGMA journal_size_limit = {4 * 2**20}")
         # In one transaction: a reader finds all of it or an empty file.
         connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
@@ -533,51 +621,97 @@ def _used(connection: sqlite3.Connection) -> int:
     return int((pages - free) * size)
 
 
-def _id(span: ReadableSpan) -> str:
-    return format_span_id(span.context.span_id) if span.context is not None else ""
-
-
-def _trace(span: ReadableSpan) -> str:
-    return format_trace_id(span.context.trace_id) if span.context is not None else ""
-
-
 def _is_call(attributes: Mapping[str, Any]) -> bool:
     return attributes.get(names.OPERATION) in _CALLS
 
 
-def _add(sums: _Sums, attributes: Mapping[str, Any]) -> None:
-    if names.STEP_NAME in attributes:
-        result = attributes.get(names.CACHE_RESULT)
-        sums.steps += 1
-        sums.hits += result == "hit"
-        sums.joined += result == "joined"
-    elif _is_call(attributes):
-        sums.calls += _int(attributes.get(names.UPSTREAM_ATTEMPTS, 1))
-        if names.INPUT_TOKENS in attributes:
-            sums.input_tokens += _int(attributes[names.INPUT_TOKENS])
-            sums.output_tokens += _int(attributes.get(names.OUTPUT_TOKENS, 0))
-            cost = attributes.get(names.UPSTREAM_COST)
-            if isinstance(cost, (int, float)):
-                sums.cost += cost
-            else:
-                sums.unpriced += 1
+def _add_call(run: _Kept, attributes: Mapping[str, Any]) -> None:
+    run.calls += _int(attributes.get(names.UPSTREAM_ATTEMPTS, 1))
+    if names.INPUT_TOKENS in attributes:
+        run.input_tokens += _int(attributes[names.INPUT_TOKENS])
+        run.output_tokens += _int(attributes.get(names.OUTPUT_TOKENS, 0))
+        cost = attributes.get(names.UPSTREAM_COST)
+        if isinstance(cost, (int, float)):
+            run.cost += cost
+        else:
+            run.unpriced += 1
+
+
+def _finish(run: _Kept, span: Recorded) -> None:
+    attributes = span.attributes
+    error = attributes.get(names.ERROR_TYPE)
+    status = attributes.get(names.HTTP_STATUS)
+    run.outcome = "ok"
+    if attributes.get(names.CANCELLED):
+        run.outcome = "cancelled"
+    elif span.code is StatusCode.ERROR or (isinstance(status, int) and status >= 400):
+        run.outcome = "error"
+    run.end_ns = span.end_time
+    run.error = None if error is None else str(error)
+    if run.model is None:
+        model = attributes.get(names.REQUEST_MODEL)
+        run.model = None if model is None else str(model)
 
 
 def _int(value: object) -> int:
     return int(value) if isinstance(value, (int, float)) else 0
 
 
-def _data(span: ReadableSpan) -> str:
-    body = _body(span)
+def _row(span: Recorded, run: str | None) -> dict[str, Any]:
+    """A span as it is kept. What it has none of is left out."""
+    ended = span.end_time
+    above = span.above
+    row: dict[str, Any] = {
+        "id": span.hex,
+        "parent": above.hex if above is not None else f"{span.parent_id:016x}" if span.parent_id else None,
+        "run": run,
+        "start": span.start_time,
+        "end": ended,
+        "name": span.name,
+        "kind": _KINDS[span.kind],
+        # One that is open may be added to while it is read.
+        "attributes": span.attributes if ended is not None else dict(span.attributes),
+    }
+    if span.code is StatusCode.ERROR:
+        row["failed"] = True
+    if span.events:
+        row["events"] = list(span.events)
+    if span.linked:
+        row["links"] = [link for link in map(_link, list(span.linked)) if link is not None]
+    return row
+
+
+def _link(link: Link | tuple[str, str]) -> tuple[str, str, Mapping[str, Any]] | None:
+    if isinstance(link, tuple):
+        trace_id, span_id = link
+        try:
+            is_one = len(trace_id) == 32 and len(span_id) == 16 and int(trace_id, 16) and int(span_id, 16)
+        except (ValueError, TypeError):
+            return None
+        return (trace_id, span_id, {}) if is_one else None
+    return f"{link.context.trace_id:032x}", f"{link.context.span_id:016x}", link.attributes or {}
+
+
+def _texts(rows: list[dict[str, Any]]) -> str:
     try:
-        text = orjson.dumps(body, default=str)
+        text = orjson.dumps(rows)
         if len(text) <= MAX_DATA:
             return text.decode()
     except TypeError:
         pass  # what a program may put on its own spans: an integer beyond 64 bits, half of a surrogate pair
-    attributes: dict[str, Any] = body["attributes"]
+    return f"[{','.join(map(_text, rows))}]"
+
+
+def _text(row: dict[str, Any]) -> str:
+    try:
+        text = orjson.dumps(row, default=str)
+        if len(text) <= MAX_DATA:
+            return text.decode()
+    except TypeError:
+        pass
+    attributes: dict[str, Any] = dict(row["attributes"])
     content = {name: attributes.pop(name) for name in names.CONTENT if _is_content(attributes.get(name))}
-    tamed = cast("dict[str, Any]", _tamed(body))
+    tamed = cast("dict[str, Any]", _tamed({**row, "attributes": attributes}))
     tamed["attributes"] |= content
     return orjson.dumps(tamed, default=str).decode()
 
@@ -591,30 +725,13 @@ def _is_content(value: object) -> bool:
         return False
 
 
-def _body(span: ReadableSpan) -> dict[str, Any]:
-    for _ in range(3):
-        try:
-            return {
-                "name": span.name,
-                "kind": span.kind.name.lower(),
-                "failed": span.status.status_code is StatusCode.ERROR,
-                "attributes": dict(span.attributes or {}),
-                "events": [[e.name, e.timestamp, dict(e.attributes or {})] for e in span.events],
-                "links": [
-                    [format_trace_id(k.context.trace_id), format_span_id(k.context.span_id), dict(k.attributes or {})]
-                    for k in span.links
-                ],
-            }
-        except (KeyError, RuntimeError):  # an open span was added to as it was read
-            continue
-    return {"name": span.name, "kind": "internal", "failed": False, "attributes": {}, "events": [], "links": []}
-
-
 def _tamed(value: object) -> object:
     """The value with long texts and lists cut, and what JSON cannot carry as a text."""
     if isinstance(value, str):
         whole = value if len(value) <= 1_000 else value[:1_000] + "…"
         return whole.encode("utf-8", "replace").decode()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")[:1_000]
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return str(value)
     if isinstance(value, Mapping):

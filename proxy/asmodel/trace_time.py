@@ -39,6 +39,7 @@ _WAITS: Mapping[str, str] = {
     "upstream.pause": PAUSE,
     "upstream.queue": QUEUE,
     "upstream.limit": QUEUE,
+    "upstream.prefix": WAIT,
     "upstream.detection": DETECT,
     "upstream.loading": LOAD,
 }

@@ -99,6 +99,7 @@ _WAITS = {
     "asmodel.upstream.detection": "tried for {} what an upstream can do",
     "asmodel.upstream.loading": "waited {} for upstreams to be opened",
     "asmodel.upstream.limit": "queued {} for the upstream",
+    "asmodel.upstream.prefix": "waited {} for a call that begins alike",
     "asmodel.cache.lookup": "looked it up for {}",
     "asmodel.cache.store": "stored it in {}",
 }

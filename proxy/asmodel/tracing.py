@@ -35,19 +35,20 @@ from urllib.parse import urlsplit
 import orjson
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from asmodel.calls import CacheMode, Call, Chat, Message, Origin, Reply, Score, ToolCall
 from asmodel.errors import AsmodelError
 from asmodel.trace_content import LIMIT, Content, Redactor
+from asmodel.trace_spans import CURRENT, FORCED, Identified, Recorded, RecorderTracer, remote
 
 if TYPE_CHECKING:
     from contextvars import Token
     from pathlib import Path
     from types import TracebackType
 
-    from opentelemetry.context import Context
     from opentelemetry.util.types import AttributeValue
 
     from asmodel.budget import Budget
@@ -161,9 +162,7 @@ _NUMBERS = {
 _WHOLE = frozenset(("max_tokens", "max_completion_tokens", "seed", "dimensions"))
 
 _W3C = TraceContextTextMapPropagator()
-
-FORCED = otel_context.create_key("asmodel-forced")
-"""In a context in which every span is exported, whatever the sampler would say."""
+_NO_PARENT = Context()
 
 Events: TypeAlias = "Callable[[Mapping[str, Any]], None]"
 """Where events with content go; called with their attributes while the span that they belong to is current."""
@@ -294,6 +293,14 @@ class _Active(AbstractContextManager[Span]):
 
     def __enter__(self) -> Span:
         tracer = _tracer if _tracer is not None else _global_tracer()
+        if type(tracer) is RecorderTracer:
+            parent = otel_context.get_current() if self._parent is None else self._parent
+            ours = self._span = tracer.begin(self._name, self._kind, self._attributes, parent)
+            # Nearly always nothing else is in the context, and then there is nothing to be copied.
+            alone = not parent or (len(parent) == 1 and CURRENT in parent)
+            context = Context({CURRENT: ours}) if alone else trace.set_span_in_context(ours, parent)
+            self._token = otel_context.attach(context)
+            return ours
         span = tracer.start_span(self._name, self._parent, self._kind, self._attributes)
         self._span = span
         # A span that is not sampled must be current too, or its children would begin traces of their own.
@@ -329,6 +336,14 @@ class _Asking(_Active):
         return span
 
 
+def _put(span: Span, attributes: dict[str, AttributeValue]) -> None:
+    """As `set_attributes`, of attributes that need no check, since they are ours."""
+    if type(span) is Recorded:
+        span.put(attributes)
+    else:
+        span.set_attributes(attributes)
+
+
 def start_request(
     method: str, route: str, headers: Mapping[str, str], *, force: bool = False
 ) -> AbstractContextManager[Span]:
@@ -337,7 +352,7 @@ def start_request(
     Its parent is the W3C `traceparent` that came in; one that cannot be read begins a new trace. Baggage is not read,
     so none can leak onward. With `force`, the request is exported whatever the sampler and the caller's flag say.
     """
-    parent = _W3C.extract(headers)
+    parent = _W3C.extract(headers) if headers.get("traceparent") else _NO_PARENT
     if force:
         parent = otel_context.set_value(FORCED, True, parent)
     attributes: dict[str, AttributeValue] = {HTTP_METHOD: method, HTTP_ROUTE: route}
@@ -391,7 +406,7 @@ def record_run(span: Span, budget: Budget) -> None:
     }
     if budget.cost is not None:
         attributes[RUN_COST] = budget.cost
-    span.set_attributes(attributes)
+    _put(span, attributes)
 
 
 def record_limited(span: Span, error: AsmodelError) -> None:
@@ -448,7 +463,7 @@ def record_step(span: Span, reply: Reply, *, asks: int, cache: CacheMode = "on",
         attributes[STEP_OUTPUT_TOKENS] = usage.completion_tokens
         if reply.cost is not None:
             attributes[STEP_COST] = reply.cost
-        span.set_attributes(attributes)
+        _put(span, attributes)
         return
     attributes[CACHE_RESULT] = reply.source
     attributes[CACHE_SAVED_TOKENS] = usage.total_tokens
@@ -456,11 +471,15 @@ def record_step(span: Span, reply: Reply, *, asks: int, cache: CacheMode = "on",
         attributes[CACHE_SAVED_COST] = reply.cost
     if reply.source == "hit" and reply.bought_at:
         attributes[CACHE_AGE] = round(max(0.0, time.time() - reply.bought_at), 3)
-    span.set_attributes(attributes)
+    _put(span, attributes)
     if call is not None and _content is not None and _content.on_spans:
         span.set_attributes({**_asked(_content, call), **_answered(_content, call, reply)})
-    payer = _context_of(reply.origin) if reply.origin is not None else None
-    if payer is not None:
+    if reply.origin is None:
+        return
+    # The ids come out of a store that others may have written to.
+    if type(span) is Recorded:
+        span.refer(reply.origin.trace_id, reply.origin.span_id)
+    elif (payer := remote(reply.origin.trace_id, reply.origin.span_id)) is not None:
         span.add_link(payer)
 
 
@@ -569,7 +588,7 @@ def record_reply(span: Span, reply: Reply, *, first_delta: float | None, call: C
             _events({**of_span, **attributes, **_asked(_content, call), **said})
         if _content.on_spans:
             attributes |= said
-    span.set_attributes(attributes)
+    _put(span, attributes)
 
 
 def record_attempts(span: Span, attempts: Sequence[Attempt]) -> None:
@@ -618,19 +637,22 @@ def record_wait(span: Span, name: str, seconds: float) -> None:
 class waiting(AbstractContextManager[None]):
     """Around a wait: `record_wait` on the span that is current when it begins, however the wait ends."""
 
-    __slots__ = ("_began", "_name", "_span")
+    __slots__ = ("_began", "_context", "_name")
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __enter__(self) -> None:
-        self._span = trace.get_current_span()
+        # Which span that is can be asked later: most waits are over before they are worth it.
+        self._context = otel_context.get_current()
         self._began = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        record_wait(self._span, self._name, time.monotonic() - self._began)
+        seconds = time.monotonic() - self._began
+        if seconds >= WAIT_LEAST:
+            record_wait(trace.get_current_span(self._context), self._name, seconds)
 
 
 def tool_span(
@@ -701,12 +723,16 @@ def origin(span: Span) -> Origin | None:
     """The ids of a span that pays for a reply, to be kept with the reply; None where nothing is recorded."""
     if not span.is_recording():
         return None
+    if type(span) is Recorded:
+        return Origin(f"{span.trace_id:032x}", f"{span.span_id:016x}")
     ids = span.get_span_context()
     return Origin(trace.format_trace_id(ids.trace_id), trace.format_span_id(ids.span_id))
 
 
 def trace_id(span: Span) -> str:
     """The trace's id, 32 hex digits; empty where there is none."""
+    if type(span) is Recorded or type(span) is Identified:
+        return f"{span.trace_id:032x}"
     ids = span.get_span_context()
     return trace.format_trace_id(ids.trace_id) if ids.is_valid else ""
 
@@ -729,14 +755,3 @@ def _may_know(url: str) -> bool:
     above = host.split(".")
     names = {host, f"{host}:{port}", *(f"*.{'.'.join(above[i:])}" for i in range(1, len(above)))}
     return not names.isdisjoint(_hosts)
-
-
-def _context_of(origin: Origin) -> trace.SpanContext | None:
-    # The ids come out of a store that others may have written to.
-    try:
-        context = trace.SpanContext(
-            int(origin.trace_id, 16), int(origin.span_id, 16), is_remote=True, trace_flags=trace.TraceFlags(1)
-        )
-    except (ValueError, TypeError):
-        return None
-    return context if context.is_valid else None

@@ -1,11 +1,12 @@
 """The onion between a step and a provider. Each layer has one method, `send`, and wraps the next:
 
-    Cached > Routed > Metered > Retried > Limited > Timed > provider
+    Cached > Routed > Metered > Retried > Led > Limited > Timed > provider
 
 Cached    one answer a key: from the store, from a call in flight, or bought
 Routed    the first of several equals that answers
 Metered   the span of a call that is really made, its time, tokens and cost
 Retried   again, after a pause, where that is safe and can help
+Led       of calls that begin alike one goes ahead (leading.py)
 Limited   so many calls at a time, fair between runs
 Timed     how long the first byte, and the whole, may take
 """
@@ -16,11 +17,9 @@ import asyncio
 import logging
 import random
 import time
-from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 
@@ -38,9 +37,8 @@ from asmodel.fingerprint import Fingerprint, Fingerprints
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.protocols import Cache, Counting, Detecting, Lockable, Openable, Upstream
 from asmodel.tags import tag
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+from asmodel.timeouts import Bounds
+from asmodel.turns import Turns
 
 log = logging.getLogger("asmodel.upstream")
 
@@ -51,7 +49,7 @@ def name_of(upstream: Upstream) -> str:
     return name if isinstance(name, str) else upstream.identity
 
 
-class _Layer:
+class Layer:
     """What every layer that wraps one upstream passes on as it is."""
 
     count: Callable[[str], Awaitable[int]]
@@ -59,6 +57,9 @@ class _Layer:
 
     def __init__(self, inner: Upstream) -> None:
         self._inner = inner
+        # Whom it all comes down to, without asking each layer on the way.
+        layer: object = inner
+        self.provider: Upstream = layer.provider if isinstance(layer, Layer) else inner
         # A layer can do these only where what it wraps can: whoever asks, asks by `isinstance`.
         if isinstance(inner, Counting):
             self.count = inner.count
@@ -76,10 +77,16 @@ class _Layer:
 
     @property
     def identity(self) -> str:
-        return self._inner.identity
+        return self.provider.identity
+
+    @property
+    def members(self) -> Sequence[Upstream]:
+        """Those of whom any may answer."""
+        inner: object = self._inner
+        return inner.members if isinstance(inner, Layer) else (self._inner,)
 
     async def capabilities(self) -> Capabilities:
-        return await self._inner.capabilities()
+        return await self.provider.capabilities()
 
     async def open(self) -> None:
         if isinstance(self._inner, Openable):
@@ -94,8 +101,7 @@ class _Layer:
 class _Flight:
     """One purchase, shared by all who want it at the same moment; each reads it at its own pace."""
 
-    key: str | None
-    """None for a purchase that nobody may join."""
+    key: str
     task: asyncio.Task[Reply] | None = None
     waiters: int = 0
     deltas: list[Delta] = field(default_factory=list[Delta])
@@ -104,17 +110,28 @@ class _Flight:
     arrived: bool = False
     """The reply is here and only its storing is left: too late to cancel, it would be paid for and lost."""
     accepts: list[Terms] = field(default_factory=list[Terms])
-    grown: asyncio.Event = field(default_factory=asyncio.Event)
+    sleepers: list[asyncio.Future[None]] = field(default_factory=list[asyncio.Future[None]])
 
     async def add(self, delta: Delta) -> None:
         self.deltas.append(delta)
         self._wake()
 
-    def _wake(self) -> None:
-        self.grown.set()
-        self.grown = asyncio.Event()
+    def changed(self) -> asyncio.Future[None]:
+        """Done at the next delta, or at the end. Cancelling it leaves the flight alone, as `asyncio.shield` does."""
+        sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.sleepers.append(sleeper)
+        return sleeper
 
-    def landed(self, _: object) -> None:
+    def _wake(self) -> None:
+        sleepers, self.sleepers = self.sleepers, []
+        for sleeper in sleepers:
+            if not sleeper.done():
+                sleeper.set_result(None)
+
+    def landed(self, task: asyncio.Task[Reply]) -> None:
+        if not task.cancelled():
+            # Its waiters may all have left; the event loop would log the text of the error that they were spared.
+            task.exception()
         self._wake()
 
     def withdraw(self) -> None:
@@ -141,7 +158,7 @@ class Flights:
 
     def landed(self, flight: _Flight) -> None:
         """It can be joined no more."""
-        if flight.key is None or self.flying.get(flight.key) is not flight:
+        if self.flying.get(flight.key) is not flight:
             return
         del self.flying[flight.key]
         lookup = self.lookups.get(flight.key)
@@ -149,7 +166,7 @@ class Flights:
             lookup.landed += 1
 
 
-class Cached(_Layer):
+class Cached(Layer):
     """At most one answer is bought for a key: stored replies first, then a call in flight, then the next layer.
 
     A reply is stored once it is whole and its step can read it, and only then returned. Errors, interrupted streams
@@ -175,7 +192,9 @@ class Cached(_Layer):
 
     async def send(self, call: Call, terms: Terms) -> Reply:
         if terms.cache.mode == "off":
-            return await self._bounded(self._lead(None, call, terms), terms)
+            # Nobody can join it, so it needs no task of its own.
+            _admit(terms)
+            return await self._bounded(self._inner.send(call, terms), terms)
         k = key(call, terms.scope)
         flight = self._flights.flying.get(k)
         if flight is None and terms.cache.mode in ("on", "only"):
@@ -202,19 +221,20 @@ class Cached(_Layer):
         if terms.cache.mode in ("on", "refresh"):
             await self._store(key(call, terms.scope), reply, [terms], await self._parts(call, terms))
 
-    async def _lead(self, k: str | None, call: Call, terms: Terms) -> Reply:
+    async def _lead(self, k: str, call: Call, terms: Terms) -> Reply:
         _admit(terms)
-        flight = _Flight(k, accepts=[terms])
-        if k is not None:
-            self._flights.flying[k] = flight
-        inner = replace(terms, emit=flight.add if terms.emit else None, deadline=None, accept=None)
+        flight = self._flights.flying[k] = _Flight(k, accepts=[terms])
+        inner = terms
+        if terms.emit is not None or terms.deadline is not None:
+            inner = replace(terms, emit=flight.add if terms.emit else None, deadline=None)
         flight.task = asyncio.get_running_loop().create_task(self._fly(flight, call, inner))
         flight.task.add_done_callback(flight.landed)
-        flight.task.add_done_callback(_seen)
         return await self._wait(flight, terms)
 
     async def _bounded(self, work: Coroutine[object, object, Reply], terms: Terms) -> Reply:
         """Each waiter has its own deadline; the flight has none."""
+        if terms.deadline is None:
+            return await work
         scope = asyncio.timeout_at(terms.deadline)
         try:
             async with scope:
@@ -259,7 +279,7 @@ class Cached(_Layer):
 
     async def _fly(self, flight: _Flight, call: Call, terms: Terms) -> Reply:
         try:
-            if flight.key is None or self._leases is None:
+            if self._leases is None:
                 return await self._buy(flight, call, terms)
             return await self._buy_in_turn(self._leases, flight.key, flight, call, terms)
         finally:
@@ -292,10 +312,9 @@ class Cached(_Layer):
         flight.ahead = False
         reply = await self._inner.send(call, terms)
         flight.arrived = True
-        if flight.key is not None:
-            parts = await self._parts(call, terms)
-            with tracing.waiting("cache.store"):
-                await self._store(flight.key, reply, flight.accepts, parts)
+        parts = await self._parts(call, terms)
+        with tracing.waiting("cache.store"):
+            await self._store(flight.key, reply, flight.accepts, parts)
         return reply
 
     async def _parts(self, call: Call, terms: Terms) -> Fingerprint | None:
@@ -326,51 +345,40 @@ class Cached(_Layer):
             log.warning("a reply of %s/%s could not be stored: %s", reader.program, reader.step, type(error).__name__)
 
     async def _wait(self, flight: _Flight, terms: Terms) -> Reply:
-        assert flight.task is not None
+        task = flight.task
+        assert task is not None
         flight.waiters += 1
         sent = 0
         try:
-            while terms.emit is not None:
-                grown = flight.grown
-                while sent < len(flight.deltas):
-                    await terms.emit(flight.deltas[sent])
-                    sent += 1
-                if flight.task.done() or grown is not flight.grown:
-                    if flight.task.done() and sent == len(flight.deltas):
-                        break
-                    continue
-                await grown.wait()
+            while True:
+                if terms.emit is not None:
+                    while sent < len(flight.deltas):
+                        await terms.emit(flight.deltas[sent])
+                        sent += 1
+                if task.done():
+                    break
+                await flight.changed()
             try:
-                reply = await asyncio.shield(flight.task)
+                reply = task.result()
             except asyncio.CancelledError:
-                if flight.task.cancelled() and not _being_cancelled():
-                    raise UpstreamBroken(f'upstream "{self.name}" has broken off its own call') from None
-                raise
+                raise UpstreamBroken(f'upstream "{self.name}" has broken off its own call') from None
             if terms.emit is not None and not sent:
                 await replay(reply, terms.emit)
             return reply
         finally:
             flight.waiters -= 1
-            if flight.waiters == 0 and not flight.task.done() and not flight.arrived:
-                flight.task.cancel()
+            if flight.waiters == 0 and not task.done() and not flight.arrived:
+                task.cancel()
                 flight.withdraw()
                 # Nor may it be joined by somebody who comes before it has ended.
                 self._flights.landed(flight)
 
 
-def _seen(task: asyncio.Task[Reply]) -> None:
-    """Its waiters may all have left; the event loop would log the text of the error that they were spared."""
-    if not task.cancelled():
-        task.exception()
+def _asking(terms: Terms) -> AbstractContextManager[object]:
+    return _NOBODY if terms.budget is None else terms.budget.asking()
 
 
-def _being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _asking(terms: Terms) -> AbstractContextManager[None]:
-    return nullcontext() if terms.budget is None else terms.budget.asking()
+_NOBODY: AbstractContextManager[object] = nullcontext()
 
 
 def _admit(terms: Terms) -> None:
@@ -405,7 +413,7 @@ async def replay(reply: Reply, emit: Emit) -> None:
         await emit(Delta(text=reply.text, tool_calls=calls))
 
 
-class Routed(_Layer):
+class Routed(Layer):
     """The first of several equals that answers. The first stands for all: equals give the same answers, so theirs are
     one cache entry, under its identity.
     """
@@ -415,9 +423,14 @@ class Routed(_Layer):
         self._members = members
         self._meter = meter
 
+    @property
+    def members(self) -> Sequence[Upstream]:
+        return self._members
+
     async def send(self, call: Call, terms: Terms) -> Reply:
         watch = _Watch(terms.emit)
-        terms = replace(terms, emit=watch.emit if terms.emit else None)
+        if terms.emit is not None:
+            terms = replace(terms, emit=watch.emit)
         for member in self._members[:-1]:
             try:
                 return await member.send(call, terms)
@@ -471,7 +484,7 @@ class Price:
         return (fresh * self.input + usage.cached_tokens * cached + usage.completion_tokens * self.output) / 1e6
 
 
-class Metered(_Layer):
+class Metered(Layer):
     """A call that is really made: its span, who answered and when, what it cost, and the charge to the run's budget."""
 
     def __init__(
@@ -519,7 +532,7 @@ class Metered(_Layer):
             self._meter.call(self._name, kind=call.kind, program=terms.program) as timing,
         ):
             with _asking(terms):
-                reply = await self._inner.send(call, replace(terms, emit=watch.emit if stream else None))
+                reply = await self._inner.send(call, replace(terms, emit=watch.emit) if stream else terms)
             seconds = time.monotonic() - clock
             reply = replace(
                 reply,
@@ -539,7 +552,7 @@ class Metered(_Layer):
             return reply
 
 
-class Retried(_Layer):
+class Retried(Layer):
     """Again after a pause, where the error says that it can help and nothing has been received yet.
 
     The pause is what the upstream asked for (`retry-after`, up to `patience` seconds), else 0.5 s doubled each time up
@@ -565,7 +578,8 @@ class Retried(_Layer):
 
     async def send(self, call: Call, terms: Terms) -> Reply:
         watch = _Watch(terms.emit)
-        terms = replace(terms, emit=watch.emit if terms.emit else None)
+        if terms.emit is not None:
+            terms = replace(terms, emit=watch.emit)
         attempts: list[tracing.Attempt] = []
         waited = 0.0
         try:
@@ -573,9 +587,6 @@ class Retried(_Layer):
                 started = time.time_ns()
                 try:
                     reply = await self._inner.send(call, terms)
-                    attempts.append(tracing.Attempt(started, time.time_ns(), None, waited))
-                    self._meter.attempted(self._name)
-                    return reply
                 except BaseException as error:
                     attempts.append(tracing.Attempt(started, time.time_ns(), error, waited))
                     self._meter.attempted(self._name, error)
@@ -586,6 +597,11 @@ class Retried(_Layer):
                     failed = error
                     log.info("%s; asked again in %.1f s", error, waited)
                     self._meter.retried(self._name, error, waited)
+                else:
+                    if attempts:
+                        attempts.append(tracing.Attempt(started, time.time_ns(), None, waited))
+                    self._meter.attempted(self._name)
+                    return reply
                 paused = time.monotonic()
                 try:
                     await asyncio.sleep(waited)
@@ -617,102 +633,66 @@ def _readmitted(terms: Terms) -> bool:
     return True
 
 
-class Limited(_Layer):
-    """At most `slots` calls at a time. Runs that wait take turns, so a long run cannot starve a short one."""
+class Limited(Layer):
+    """At most `slots` calls at a time. Callers take turns, and in each its runs: a long run starves no short one."""
 
     def __init__(self, inner: Upstream, *, slots: int, name: str = "", meter: Meter = UNMEASURED) -> None:
         super().__init__(inner)
         self._name = name
         self._meter = meter
-        self._free = slots
-        self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._turns = Turns(slots)
 
     async def send(self, call: Call, terms: Terms) -> Reply:
-        async with self._slot(terms.run_id):
-            return await self._inner.send(call, terms)
-
-    @asynccontextmanager
-    async def _slot(self, run_id: str) -> AsyncGenerator[None, None]:
-        if self._free > 0 and not self._queues:
-            self._free -= 1
+        if self._turns.take():
             self._meter.waited(self._name, 0.0)
         else:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._queues.setdefault(run_id, deque()).append(turn)
-            came = time.monotonic()
-            self._meter.queued(self._name, 1)
-            try:
-                with tracing.waiting("upstream.queue"):
-                    await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._pass_on()
-                else:
-                    self._forget(run_id, turn)
-                raise
-            finally:
-                self._meter.queued(self._name, -1)
-            self._meter.waited(self._name, time.monotonic() - came)
+            await self._turn(terms)
         self._meter.in_flight(self._name, 1)
         try:
-            yield
+            return await self._inner.send(call, terms)
         finally:
             self._meter.in_flight(self._name, -1)
-            self._pass_on()
+            self._turns.give()
 
-    def _pass_on(self) -> None:
-        while self._queues:
-            run_id, queue = self._queues.popitem(last=False)
-            turn = queue.popleft()
-            if queue:
-                self._queues[run_id] = queue  # At the end of the line of runs.
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
-
-    def _forget(self, run_id: str, turn: asyncio.Future[None]) -> None:
-        queue = self._queues.get(run_id)
-        if queue is not None and turn in queue:
-            queue.remove(turn)
-            if not queue:
-                del self._queues[run_id]
+    async def _turn(self, terms: Terms) -> None:
+        came = time.monotonic()
+        self._meter.queued(self._name, 1)
+        try:
+            with tracing.waiting("upstream.queue"):
+                await self._turns.wait(terms.scope, terms.run_id)
+        finally:
+            self._meter.queued(self._name, -1)
+        self._meter.waited(self._name, time.monotonic() - came)
 
 
-class Timed(_Layer):
+class Timed(Layer):
     """`first_byte` seconds until a stream begins, `total` seconds for the whole; time in the queue does not count."""
 
     def __init__(self, inner: Upstream, *, name: str, first_byte: float, total: float) -> None:
         super().__init__(inner)
         self._name = name
-        self._first_byte = first_byte
-        self._total = total
+        self._whole = Bounds(total)
+        self._beginning = Bounds(min(first_byte, total))
 
     async def send(self, call: Call, terms: Terms) -> Reply:
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + self._total
-        bound = min(ends, loop.time() + self._first_byte) if terms.emit else ends
         emit = terms.emit
-        started = False
-        scope = asyncio.timeout_at(bound)
-
-        async def began(delta: Delta) -> None:
-            nonlocal started
-            assert emit is not None
-            if not started:
-                started = True
-                scope.reschedule(ends)
-            await emit(delta)
-
+        whole, beginning = self._whole(), self._beginning()
         try:
-            async with scope:
-                return await self._inner.send(call, replace(terms, emit=began) if emit else terms)
+            if emit is None:
+                with whole:
+                    return await self._inner.send(call, terms)
+
+            async def began(delta: Delta) -> None:
+                beginning.lift()
+                await emit(delta)
+
+            with whole, beginning:
+                return await self._inner.send(call, replace(terms, emit=began))
         except TimeoutError:
-            if not scope.expired():
-                raise
-            if emit and not started:
-                what, seconds = "begun", min(self._first_byte, self._total)
+            if whole.expired:
+                what, seconds = "finished", self._whole.seconds
+            elif beginning.expired:
+                what, seconds = "begun", self._beginning.seconds
             else:
-                what, seconds = "finished", self._total
-            error = UpstreamTimeout(f'upstream "{self._name}" has not {what} to answer within {seconds:g} s')
-            raise error from None
+                raise
+        raise UpstreamTimeout(f'upstream "{self._name}" has not {what} to answer within {seconds:g} s')

@@ -18,7 +18,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PrivateAttr,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -81,6 +80,9 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
 
 PARTS: Mapping[str, str] = {"image_url": "images", "input_audio": "audio"}
 """Parts of a message that no text stands for, and what a program must support to be shown them."""
+
+_SENT = "\x00sent"
+"""Where a request keeps the body that it was read from: under a name that no body's field has as an attribute."""
 
 _OURS = frozenset(("model", "messages", "stream", "stream_options", "n", "asmodel", "documents"))
 
@@ -156,7 +158,7 @@ class Extension(BaseModel):
     roles: dict[str, Name] = Field(default_factory=dict)
     cache: Literal["on", "off", "refresh", "only"] | None = None
     progress: StrictBool | None = None
-    limits: AskedLimits = Field(default_factory=AskedLimits)
+    limits: AskedLimits | None = None
 
 
 class ChatRequest(BaseModel):
@@ -202,15 +204,19 @@ class ChatRequest(BaseModel):
     web_search_options: dict[str, Any] | None = None
     documents: list[Any] | None = None
     asmodel: Extension = Field(default_factory=Extension)
-    _sent: Json = PrivateAttr(default_factory=dict[str, Any])
-    """The body as it came: what is passed on is that, and not what validation made of it (1 would be 1.0)."""
 
     @classmethod
     def of(cls, sent: Json) -> ChatRequest:
         """Raises pydantic's ValidationError."""
         request = cls.model_validate(sent)
-        request._sent = sent
+        # Beside the fields, and no private attribute of pydantic's, which costs as much as all of them together.
+        vars(request)[_SENT] = sent
         return request
+
+    @property
+    def _sent(self) -> Json:
+        """The body as it came: what is passed on is that, and not what validation made of it (1 would be 1.0)."""
+        return cast("Json", self.__dict__.get(_SENT, {}))
 
     @property
     def asked(self) -> Json:
