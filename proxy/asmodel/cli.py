@@ -145,7 +145,143 @@ def run(
     sys.exit(code)
 
 
-def _params(pairs: tuple[str, ...], file: Path | None) -> dict[str, Any]:
+@main.command(name="eval", short_help="Ask models the questions of a file, score the answers, compare.")
+@click.argument("arguments", nargs=-1, required=True, metavar="SYSTEM... DATA.jsonl")
+@_config
+@click.option("--question", default="question", show_default=True, metavar="FIELD", help="The question.")
+@click.option("--messages", metavar="FIELD", help="A conversation, a list of messages, instead of a question.")
+@click.option("--answer", default="answer", show_default=True, metavar="FIELD", help="What is right.")
+@click.option("--id", "id_field", metavar="FIELD", help="What names a line; id, or else its number.")
+@click.option(
+    "--param", "fields", multiple=True, metavar="NAME=FIELD", help="A parameter that each line has its own of."
+)
+@click.option("--document", "documents", multiple=True, metavar="FIELD", help="Documents that go with the question.")
+@click.option("--set", "pairs", multiple=True, metavar="K=V", help="A parameter for all; V is JSON, or else text.")
+@click.option(
+    "--params",
+    "params_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="JSON file of parameters for all.",
+)
+@click.option(
+    "--systems",
+    "systems_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="TOML or JSON file of systems: [NAME] with model, params, roles, prompt.",
+)
+@click.option("--step", metavar="PROGRAM/STEP", help="Ask one step of a program; the systems then play its role.")
+@click.option("--arg", "step_fields", multiple=True, metavar="NAME=FIELD", help="An argument of the step.")
+@click.option(
+    "--score",
+    "scores",
+    multiple=True,
+    metavar="SCORER[=FIELD]",
+    help="How an answer is scored: exact (unless set), contains, f1, yes-no, number[:TOLERANCE], recall@K, "
+    "precision@K, hit@K, mrr[@K], ndcg[@K], pydantic:MODULE:MODEL, judge:MODEL, MODULE:FUNCTION. FIELD is what is "
+    "right, for this one.",
+)
+@click.option("--ranking", metavar="FIELD", help="Where a ranking is in an answer's data.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Draw so many questions; all unless set.")
+@click.option("--seed", type=int, metavar="S", help="What draws them; 0 unless set.")
+@click.option("--skip", type=click.IntRange(0), default=0, metavar="N", help="Pass over so many of the drawn first.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Leave out the ids in it: one a line, or a report by --json.",
+)
+@click.option(
+    "-j", "--jobs", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="How many at once."
+)
+@click.option("--only-cached", is_flag=True, help="Buy nothing; what is not in the cache is not counted.")
+@click.option("--strict", is_flag=True, help="End at the first error.")
+@click.option("--all-pairs", is_flag=True, help="Compare each with each, not only with the first.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all of it as JSON.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with plots.")
+def evaluate(
+    arguments: tuple[str, ...],
+    config: Path | None,
+    folders: tuple[Path, ...],
+    question: str,
+    messages: str | None,
+    answer: str,
+    id_field: str | None,
+    fields: tuple[str, ...],
+    documents: tuple[str, ...],
+    pairs: tuple[str, ...],
+    params_file: Path | None,
+    systems_file: Path | None,
+    step: str | None,
+    step_fields: tuple[str, ...],
+    scores: tuple[str, ...],
+    ranking: str | None,
+    limit: int | None,
+    seed: int | None,
+    skip: int,
+    exclude: tuple[Path, ...],
+    jobs: int,
+    only_cached: bool,
+    strict: bool,
+    all_pairs: bool,
+    json_file: Path | None,
+    html_file: Path | None,
+) -> None:
+    """Ask each SYSTEM every question of DATA.jsonl, score the answers, and compare the systems.
+
+    A SYSTEM is a program, an upstream, a preset or a composition; MODEL@NAME=VALUE,NAME=VALUE gives it parameters.
+    Nothing is stored but the cache: the same command goes on where an interrupted one stopped, and one that is done
+    gives the same table again and buys nothing.
+
+    \b
+    asmodel eval evidence-qa plain data.jsonl --param paragraphs=facts
+    asmodel eval plain self-consistency@samples=5 math.jsonl --score number
+    asmodel eval fast slow data.jsonl --limit 100 --seed 7 --html report.html
+    asmodel eval --step evidence-qa/answer_from fast slow data.jsonl \\
+        --arg evidence=facts --arg question=question
+
+    Exit code 1 where a question has no answer, 130 where it was interrupted.
+    """
+    from asmodel.evaluation import command
+    from asmodel.evaluation.fields import Field, pair
+
+    *systems, data = arguments
+    if not Path(data).is_file():
+        raise ConfigurationError(f"the last argument is the JSONL file of questions, and there is no file {data}")
+    if step is None and step_fields:
+        raise click.UsageError("--arg goes with --step; a program's parameter is --param")
+    if step is not None and (fields or systems_file):
+        raise click.UsageError("--step takes --arg, and models that play its role; no --param, and no --systems")
+    own = [pair(text, "--arg" if step else "--param") for text in (step_fields if step else fields)]
+    wanted = command.Wanted(
+        systems=systems,
+        data=Path(data),
+        systems_file=systems_file,
+        step=step,
+        question=Field(messages or question),
+        conversation=messages is not None,
+        answer=Field(answer),
+        id=None if id_field is None else Field(id_field),
+        fields=dict(own),
+        documents=[Field(path) for path in documents],
+        params=_params(pairs, params_file, option="--set"),
+        scorers=scores or ("exact",),
+        ranking=None if ranking is None else Field(ranking),
+        limit=limit,
+        skip=skip,
+        seed=seed,
+        exclude=exclude,
+        at_once=jobs,
+        only_cached=only_cached,
+        strict=strict,
+        all_pairs=all_pairs,
+    )
+    sys.exit(command.run(_settings(config, folders), wanted, json=json_file, html=html_file))
+
+
+def _params(pairs: tuple[str, ...], file: Path | None, *, option: str = "--param") -> dict[str, Any]:
     given: dict[str, Any] = {}
     if file is not None:
         try:
@@ -160,7 +296,7 @@ def _params(pairs: tuple[str, ...], file: Path | None) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
-            raise ConfigurationError(f"--param {pair}: should be NAME=VALUE")
+            raise ConfigurationError(f"{option} {pair}: should be NAME=VALUE")
         try:
             given[name] = json.loads(text)
         except json.JSONDecodeError:
