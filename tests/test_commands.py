@@ -22,7 +22,7 @@ from asmodel.cli import main
 from asmodel.template import write
 from asmodel.testing import Fault, ScriptedServer
 
-COMMANDS = ("serve", "run", "programs", "upstreams", "check", "trace", "replay", "new")
+COMMANDS = ("serve", "run", "programs", "upstreams", "check", "eval", "trace", "replay", "new")
 
 PARAGRAPHS = {"paragraphs": ["Dogs bark at cars.", "Whales sing at night.", "Cats sleep."]}
 
@@ -232,8 +232,19 @@ def test_programs_say_what_they_take(asmodel: Asmodel) -> None:
     assert "self-consistency\n    Draw several chains of thought" in told
     assert "params  samples, temperature" in told
     rows: list[dict[str, Any]] = json.loads(asmodel("programs", "--json", fits=False).stdout)
-    assert [row["name"] for row in rows] == ["evidence-qa", "plain", "self-consistency"]
-    assert rows[0]["roles"] == ["scorer", "writer"]
+    assert [row["name"] for row in rows] == [
+        "all-paragraphs",
+        "chain-of-thought",
+        "evidence-filter",
+        "evidence-qa",
+        "golden-facts",
+        "plain",
+        "relevance",
+        "selection-inference",
+        "self-consistency",
+        "summary",
+    ]
+    assert rows[3]["roles"] == ["judge", "scorer", "writer"]
 
 
 def test_upstreams_are_tried_and_say_what_they_can_do(asmodel: Asmodel) -> None:
