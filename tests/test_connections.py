@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from tests.serving import PATIENCE, Server, eventually, serving, upstream
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from asmodel.connections import Cycle
 from asmodel.testing import ScriptedServer
 
 PROGRAM = '''
@@ -134,3 +136,10 @@ def test_a_client_that_leaves_takes_its_call_with_it(
         connection.sendall(request(f"leaving {model} {stream} {time.time()}", model=model, stream=stream))
         eventually("the call has reached the upstream", lambda: len(up.requests) == 1)
     eventually("the upstream has seen us leave", lambda: up.requests[0].left_at is not None)
+
+
+def test_the_parts_of_uvicorn_that_we_take_the_place_of_are_there() -> None:
+    """They are private and may be renamed: then requests would be answered still, at a multiple of the cost."""
+    for name in ("_start_asgi_task", "on_response_complete", "timeout_keep_alive_handler", "on_headers_complete"):
+        assert callable(getattr(HttpToolsProtocol, name))
+    assert Cycle.__init__ is RequestResponseCycle.__init__, "an object of theirs becomes one of ours"

@@ -183,7 +183,7 @@ MIX = (
 """Of what the requests are that a server lives through."""
 
 
-FILL = (3_000, Scenario(name="programs, bought", shape="program", model="bench-chain", connections=64, steps=5))
+FILL = (8_000, Scenario(name="programs, bought", shape="program", model="bench-chain", connections=64, steps=5))
 """Asked before the count begins, so that what is bounded is full: the growth is that of what is not."""
 
 

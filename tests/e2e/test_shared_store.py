@@ -354,6 +354,9 @@ SPOILED: dict[str, tuple[str, tuple[object, ...], str]] = {
 }
 
 
+FROM_DISK = "\n[cache]\nmemory_bytes = 0\n"
+"""A server that looks at the disk each time: what it has in memory cannot be spoiled there."""
+
 FOREIGN = {"foreign": b"what another program keeps", "foreign-json": b'{"text": "planted"}'}
 """Sound entries of the store that are no replies."""
 
@@ -374,7 +377,7 @@ async def overwrite(database: Path, value: bytes) -> int:
 @pytest.mark.parametrize("kind", [*SPOILED, *FOREIGN])
 def test_a_spoiled_entry_of_a_running_server_is_a_miss_and_is_reported(tmp_path: Path, up: Upstream, kind: str) -> None:
     folder = tmp_path / "server"
-    with served(folder, up) as server:
+    with served(folder, up, more="" if kind in FOREIGN else FROM_DISK) as server:
         first = text(ask(server, "spoiled"))
         database = folder / "cache" / "asmodel" / "store" / "cache.db"
         if kind in FOREIGN:
@@ -399,7 +402,7 @@ def test_a_spoiled_entry_of_a_running_server_is_a_miss_and_is_reported(tmp_path:
 
 def test_an_entry_that_was_stored_for_another_call_is_a_miss(tmp_path: Path, up: Upstream) -> None:
     folder = tmp_path / "server"
-    with served(folder, up) as server:
+    with served(folder, up, more=FROM_DISK) as server:
         text(ask(server, "one", "short"))
         other = text(ask(server, "two", "short"))
         database = folder / "cache" / "asmodel" / "store" / "cache.db"
