@@ -100,6 +100,7 @@ class Answering:
     def _done(self, task: asyncio.Task[list[Outcome]]) -> None:
         self._stay()
         self._stir()
+        self.job.progress.on_change = None  # It would know us, as we know it, until the garbage collector came.
         if not task.cancelled():
             task.exception()  # Told to whoever listens; where nobody does, it is not to be warned about either.
 

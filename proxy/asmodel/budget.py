@@ -59,9 +59,9 @@ class Budget:
     """What the hits would have cost."""
     upstream_seconds: float = 0.0
     """How long at least one upstream was being waited for; the rest of the run's time was ours."""
-    late: Callable[[Usage, float | None], None] | None = None
-    """Told of what is bought once the request's books are closed: by a call that went on for others who had joined it,
-    or by a run that went on after its client had left."""
+    late: Callable[[Budget, Usage, float | None], None] | None = None
+    """Told, with this budget, of what is bought once the request's books are closed: by a call that went on for others
+    who had joined it, or by a run that went on after its client had left."""
     _asking: int = 0
     _since: float = 0.0
 
@@ -119,7 +119,7 @@ class Budget:
         self.usage += usage
         self.cost = None if cost is None or self.cost is None else self.cost + cost
         if self.late is not None:
-            self.late(usage, cost)
+            self.late(self, usage, cost)
 
 
 class _Asking(AbstractContextManager[object]):

@@ -68,6 +68,13 @@ class Cycle(RequestResponseCycle):
         if self._left is not None:
             self._left()
 
+    async def run_asgi(self, app: ASGI3Application) -> None:
+        try:
+            await super().run_asgi(app)
+        finally:
+            # The scope names this object, which names the scope: nothing of a request is to wait for the collector.
+            cast("dict[str, Any]", self.scope).pop("extensions", None)
+
     async def send(self, message: ASGISendEvent) -> None:
         if self.flow.write_paused and not self.disconnected:
             await self.flow.drain()

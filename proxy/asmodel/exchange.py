@@ -330,22 +330,21 @@ class Exchange:
         )
         request_log.write(line)
         if budget is not None:
-            budget.late = _Late(line, budget, self.started)
+            budget.late = _Late(line, budget.calls, self.started)
 
 
 class _Late:
     """Writes a line for what is bought once a request's own line is written."""
 
-    __slots__ = ("_budget", "_calls", "_line", "_started")
+    __slots__ = ("_calls", "_line", "_started")
 
-    def __init__(self, line: RequestLine, budget: Budget, started: float) -> None:
+    def __init__(self, line: RequestLine, calls: int, started: float) -> None:
         self._line = line
-        self._budget = budget
-        self._calls = budget.calls
+        self._calls = calls
         self._started = started
 
-    def __call__(self, usage: Usage, cost: float | None) -> None:
-        more, self._calls = self._budget.calls - self._calls, self._budget.calls
+    def __call__(self, budget: Budget, usage: Usage, cost: float | None) -> None:
+        more, self._calls = budget.calls - self._calls, budget.calls
         request_log.write(
             replace(
                 self._line,

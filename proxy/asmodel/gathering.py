@@ -43,65 +43,87 @@ def gather(*awaitables: Any, errors: Literal["raise", "keep"] = "raise") -> Coro
     return _gathered(work, keep=errors == "keep", kind=list if one else tuple)
 
 
-async def _gathered(work: list[Awaitable[Any]], *, keep: bool, kind: type[list[Any] | tuple[Any, ...]]) -> Any:
-    loop = asyncio.get_running_loop()
-    begun: list[asyncio.Future[Any]] = []
-    failed: list[BaseException] = []
-    done: asyncio.Future[None] = loop.create_future()
-    under_way = 0
-    goes_on = False
-    """Whether what ends makes room for the next."""
+class _Gathering:
+    """What is gathered, and how far it is. An object, and no functions that know one another: they, and all that was
+    gathered with them, would wait for the garbage collector."""
 
-    def begin() -> None:
-        nonlocal under_way
+    def __init__(self, work: list[Awaitable[Any]], *, keep: bool) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._keep = keep
+        self.work = work
+        self.begun: list[asyncio.Future[Any]] = []
+        self.failed: list[BaseException] = []
+        self.done: asyncio.Future[None] = self._loop.create_future()
+        self.under_way = 0
+        self.goes_on = False
+        """Whether what ends makes room for the next."""
+
+    @property
+    def left(self) -> bool:
+        return len(self.begun) < len(self.work) and not self.failed
+
+    def begin(self) -> None:
         one: asyncio.Future[Any]
         try:
-            one = asyncio.ensure_future(work[len(begun)])
+            one = asyncio.ensure_future(self.work[len(self.begun)])
         except Exception as error:  # It cannot be awaited; that is told as if it had raised it.
-            one = loop.create_future()
+            one = self._loop.create_future()
             one.set_exception(error)
-        under_way += 1
-        begun.append(one)
-        one.add_done_callback(ended)
+        self.under_way += 1
+        self.begun.append(one)
+        one.add_done_callback(self._ended)
 
-    def ended(one: asyncio.Future[Any]) -> None:
-        nonlocal under_way
-        under_way -= 1
+    def _ended(self, one: asyncio.Future[Any]) -> None:
+        self.under_way -= 1
         error = None if one.cancelled() else one.exception()
-        if error is not None and not (keep and isinstance(error, Exception)):
-            failed.append(error)
-        if goes_on and not failed and len(begun) < len(work):
-            begin()
-        if (failed or not under_way) and not done.done():
-            done.set_result(None)
+        if error is not None and not (self._keep and isinstance(error, Exception)):
+            self.failed.append(error)
+        if self.goes_on and self.left:
+            self.begin()
+        if (self.failed or not self.under_way) and not self.done.done():
+            self.done.set_result(None)
 
-    # No TaskGroup: its groups would have to be taken apart again, and up to Python 3.12 it leaves a task that has
-    # caught such a failure marked as being cancelled, so that a time limit around it no longer works.
-    try:
-        while len(begun) < len(work) and under_way < AT_ONCE and not failed:
-            begin()
-            if len(begun) % BATCH == 0:
-                await asyncio.sleep(0)
-        if under_way and not failed:
-            goes_on = True
-            if done.done():  # All that had begun by then had ended once before.
-                done = loop.create_future()
-            await done
-    finally:
-        goes_on = False
-        if unfinished := [one for one in begun if not one.done()]:
+    async def end(self) -> None:
+        """Cancel what has not ended, and wait until it has."""
+        self.goes_on = False
+        if unfinished := [one for one in self.begun if not one.done()]:
             for one in unfinished:
                 one.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
-        for awaitable in work[len(begun) :]:
+        for awaitable in self.work[len(self.begun) :]:
             # What never began would be reported as never awaited.
             if inspect.iscoroutine(awaitable):
                 awaitable.close()
-    if failed:
-        raise failed[0]
-    if any(one.cancelled() for one in begun):
+
+
+async def _gathered(work: list[Awaitable[Any]], *, keep: bool, kind: type[list[Any] | tuple[Any, ...]]) -> Any:
+    all = _Gathering(work, keep=keep)
+    # No TaskGroup: its groups would have to be taken apart again, and up to Python 3.12 it leaves a task that has
+    # caught such a failure marked as being cancelled, so that a time limit around it no longer works.
+    try:
+        while all.left and all.under_way < AT_ONCE:
+            all.begin()
+            if len(all.begun) % BATCH == 0:
+                await asyncio.sleep(0)
+        if all.under_way and not all.failed:
+            all.goes_on = True
+            if all.done.done():  # All that had begun by then had ended once before.
+                all.done = asyncio.get_running_loop().create_future()
+            await all.done
+    finally:
+        await all.end()
+    if all.failed:
+        error = all.failed[0]
+        # An error knows this frame, and is not to be known by it.
+        all.failed.clear()
+        all.begun.clear()
+        try:
+            raise error
+        finally:
+            del error
+    if any(one.cancelled() for one in all.begun):
         # Something in the list was cancelled by somebody else.
         raise asyncio.CancelledError
     if keep:
-        return kind(one.result() if one.exception() is None else one.exception() for one in begun)
-    return kind(one.result() for one in begun)
+        return kind(one.result() if one.exception() is None else one.exception() for one in all.begun)
+    return kind(one.result() for one in all.begun)

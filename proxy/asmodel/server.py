@@ -117,7 +117,7 @@ def _settle() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    gc.set_threshold(5_000, 10, 5)
     sys.setswitchinterval(0.0005)
 
 

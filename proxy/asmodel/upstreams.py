@@ -367,11 +367,14 @@ class Cached(Layer):
             return reply
         finally:
             flight.waiters -= 1
-            if flight.waiters == 0 and not task.done() and not flight.arrived:
+            if flight.waiters == 0 and task.done():
+                flight.task = None  # Its error, if it has one, knows the frames that know the flight.
+            elif flight.waiters == 0 and not flight.arrived:
                 task.cancel()
                 flight.withdraw()
                 # Nor may it be joined by somebody who comes before it has ended.
                 self._flights.landed(flight)
+            del task
 
 
 def _asking(terms: Terms) -> AbstractContextManager[object]:
@@ -611,10 +614,15 @@ class Retried(Layer):
                     raise
                 # Counted only now: a run that ends in the pause has not made this attempt.
                 if not _readmitted(terms):
-                    raise failed
+                    try:
+                        raise failed
+                    finally:
+                        del failed
         finally:
             if len(attempts) > 1:
                 tracing.record_attempts(trace.get_current_span(), attempts)
+            # An error knows this frame, and this frame the error: they would wait for the garbage collector.
+            attempts.clear()
 
     def _pause_after(self, error: BaseException, attempts: int) -> float:
         if not isinstance(error, UpstreamError) or not error.repeatable or attempts > self._retries:
