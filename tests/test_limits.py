@@ -188,6 +188,7 @@ def test_choices_share_one_budget(server: Server, up: ScriptedServer) -> None:
 def test_a_limit_of_calls_holds_for_what_is_passed_through(server: Server, up: ScriptedServer) -> None:
     body = {"model": "default", "n": 3, "messages": [{"role": "user", "content": "x"}]}
     assert server.chat(body | {"asmodel": {"limits": {"calls": 1}}}).status == 200
-    assert len(up.requests) == 1
+    # What was called off for the test before may have been on its way to the upstream.
+    assert len([r for r in up.requests if r.body["messages"] == body["messages"]]) == 1
     cached = server.chat(body | {"asmodel": {"limits": {"calls": 1}, "cache": "refresh"}})
     assert (cached.status, cached.error["param"]) == (422, "calls")
