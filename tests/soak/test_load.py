@@ -571,7 +571,7 @@ def test_half_an_hour_at_seven_tenths_of_what_it_carries(tmp_path: Path, capsys:
     assert "Traceback" not in said
     first, last = thirds(rows)
     if not first or not last:
-        pytest.skip("the machine was busy with something else; no more can be said than that there was no mistake")
+        pytest.fail("the machine was busy otherwise, so p99 and memory are not known: run it again, alone")
     dearer = statistics.median(row.cpu for row in last) / statistics.median(row.cpu for row in first)
     times = slower(first, last)
     say(f"last third to first: CPU a request {dearer:.2f}; p99 " + ", ".join(f"{k} {v:.2f}" for k, v in times.items()))
