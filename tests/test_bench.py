@@ -498,6 +498,27 @@ def test_however_it_ends_its_children_end_with_it(tmp_path: Path, ended_by: sign
         stop(process)
 
 
+ORPHAN = """
+import os, time
+from tests.bench.processes import dies_with_its_parent
+
+parent, tie = os.getpid(), dies_with_its_parent()
+if not os.fork():
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    tie()
+    print("it lives on", flush=True)
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="another system has no such signal")
+def test_a_child_whose_parent_was_killed_before_they_were_tied_ends_at_once() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # What it says ends once the parent and the child have both ended.
+    said = subprocess.run([sys.executable, "-c", ORPHAN], env=environment, capture_output=True, timeout=20, check=True)
+    assert said.stdout == said.stderr == b""
+
+
 async def test_the_programs_make_the_calls_that_they_are_measured_by(tmp_path: Path) -> None:
     (tmp_path / "bench_programs.py").write_text(PROGRAMS)
     (module,) = load_folder(tmp_path)

@@ -49,7 +49,7 @@ def own_environment(folder: Path, more: Mapping[str, str] | None = None) -> dict
 
 
 @cache
-def _dies_with_its_parent() -> Callable[[], None] | None:
+def dies_with_its_parent() -> Callable[[], None] | None:
     """What a child does before it is anyone else, so that the kernel ends it if the benchmark is killed and cannot.
 
     It is made before there is a child, which may import nothing: another thread may have held the lock.
@@ -60,7 +60,14 @@ def _dies_with_its_parent() -> Callable[[], None] | None:
 
     prctl = ctypes.CDLL(None).prctl
     death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    return lambda: prctl(death_signal, signal.SIGKILL)
+    parent = os.getpid()
+
+    def tied() -> None:
+        prctl(death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed in between, and that signal will not come any more
+            os._exit(1)
+
+    return tied
 
 
 def start(
@@ -77,7 +84,7 @@ def start(
             stdin=pipe or subprocess.DEVNULL,
             stdout=pipe or words,
             stderr=words,
-            preexec_fn=_dies_with_its_parent(),
+            preexec_fn=dies_with_its_parent(),
         )
 
 
