@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asmodel import Document, InvalidRequest, Program, StepError
+from asmodel import Document, InvalidRequest, Program, StepError, thoughts_and_answer
 from asmodel.calls import Call, Chat
 from asmodel.testing import FunctionUpstream, run_program
 from asmodel_programs import all_paragraphs, chain_of_thought, golden_facts, relevance
@@ -63,9 +63,8 @@ async def test_a_control_asks_once_with_examples_that_think_or_do_not(
         ("It is blue\n", "It is blue"),
     ],
 )
-@pytest.mark.parametrize("module", [chain_of_thought, all_paragraphs, golden_facts])
-def test_the_answer_is_what_follows_the_last_answer_is_or_the_last_line(module: Any, said: str, answer: str) -> None:
-    assert module.after_thinking(said) == (said.strip(), answer)
+def test_the_answer_is_what_follows_the_last_answer_is_or_the_last_line(said: str, answer: str) -> None:
+    assert thoughts_and_answer(said) == (said.strip(), answer)
 
 
 async def test_a_control_that_says_nothing_is_asked_again_and_is_an_error_in_the_end() -> None:

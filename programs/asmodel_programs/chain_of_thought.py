@@ -8,7 +8,7 @@ import re
 
 from pydantic import BaseModel, Field
 
-from asmodel import Answer, Run, program, step
+from asmodel import Answer, Run, program, step, thoughts_and_answer
 
 EXAMPLES = """Question: Could a camel cross a desert in three days without water?
 Answer: A camel can go a week without drinking, which is longer than three days. So the answer is yes.
@@ -24,16 +24,7 @@ class Params(BaseModel):
     think: bool = Field(default=True, description="Whether the examples think before they answer.")
 
 
-def after_thinking(text: str) -> tuple[str, str]:
-    """The thoughts, and the answer: what follows the last “the answer is”, or the last line that is not empty."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise ValueError("The reply is empty; it should end with “So the answer is …”.")
-    found = re.search(r"(?s:.*)\banswer\b[^.?!\n]{0,60}?\bis[:\s]*(\S[^\n]*)", text, re.IGNORECASE)
-    return text.strip(), (found[1] if found else lines[-1]).strip().rstrip(".")
-
-
-@step(model="writer", temperature=0, max_tokens=200, stop="\n", returns=after_thinking)
+@step(model="writer", temperature=0, max_tokens=200, stop="\n", returns=thoughts_and_answer)
 def thought_and_answer(question: str, think: bool) -> str:
     examples = EXAMPLES if think else re.sub(r"(?<=Answer: ).*So the answer is (.*)\.", r"\1", EXAMPLES)
     return f"{examples}\n\nQuestion: {question}\nAnswer:"

@@ -8,6 +8,7 @@ from asmodel.calls import Document, LogLikelihood, Message, Reply, ToolCall, Usa
 from asmodel.errors import AsmodelError, InvalidRequest, LimitExceeded, ProgramError, StepError, UpstreamError
 from asmodel.gathering import gather
 from asmodel.programs import Answer, Citation, Program, program
+from asmodel.readers import thoughts_and_answer
 from asmodel.run import Run
 from asmodel.steps import Prompt, Step, score, step
 from asmodel.tools import Tool, tool
@@ -39,5 +40,6 @@ __all__ = [
     "program",
     "score",
     "step",
+    "thoughts_and_answer",
     "tool",
 ]
