@@ -92,6 +92,14 @@ def test_help_of_a_command_explains_every_option(here: Here, name: str) -> None:
         assert not isinstance(option, click.Option) or option.help, option.name
 
 
+def test_the_package_is_the_command_too() -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "asmodel", "programs", "--help"], capture_output=True, text=True, timeout=30
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("Usage: python -m asmodel programs")
+
+
 def test_version_and_a_command_that_there_is_not(asmodel: Asmodel, here: Here) -> None:
     assert "0.1.0" in asmodel("--version").stdout
     assert "No such command 'srve'" in here("srve", code=2).stderr
