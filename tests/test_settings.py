@@ -174,7 +174,7 @@ def test_an_unknown_variable_is_an_error() -> None:
 
 def test_an_unknown_name_without_a_near_one_is_answered_with_those_there_are() -> None:
     toml("[traces]\nxyz = 1\n")
-    known = "content_bytes, force, hosts, local, path, redact"
+    known = "content_bytes, force, hosts, jaeger, local, path, redact"
     assert mistakes() == [f"asmodel.toml line 2: traces.xyz: there is no such setting; known here are {known}"]
 
 
@@ -224,7 +224,7 @@ def test_the_line_is_found_behind_values_of_many_lines() -> None:
 
 def test_a_table_written_as_a_value_is_answered_with_what_is_in_it() -> None:
     (line,) = mistakes(environ={"ASMODEL_TRACES": "off"})
-    inside = "content_bytes, force, hosts, local, path, redact"
+    inside = "content_bytes, force, hosts, jaeger, local, path, redact"
     assert line == f'ASMODEL_TRACES: a table is expected, got "off", with {inside} in it'
 
 

@@ -36,7 +36,7 @@ from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
 from asmodel.protocols import Cache, Lasting, Offering, Openable, Upstream
 from asmodel.recording import Recordings, default_folder
-from asmodel.routes import ModelList, Probe, alive, not_there, readiness
+from asmodel.routes import Later, ModelList, Probe, alive, not_there, readiness
 from asmodel.service import Service
 from asmodel.settings import CacheSettings, Settings, ToolSettings, UpstreamSettings
 from asmodel.tools import Tool
@@ -403,8 +403,26 @@ def create_app(
     if settings.metrics.key is not None:
         readers["metrics"] = settings.metrics.key.get_secret_value()
     page = MetricsPage(metrics, None if settings.metrics.open else Access(readers))
+
+    def front_page() -> ASGIApp:
+        from asmodel.front_page.serving import FrontPage
+
+        traces = settings.traces
+        return FrontPage(
+            parts.models,
+            parts.access,
+            notes,
+            traces=traces.path if traces.local else None,
+            jaeger=traces.jaeger,
+            content=(captured := trace_content.read(os.environ)) is not None and captured.on_spans,
+            routes=[(method, route.path) for route in routes for method in sorted(route.methods or ())],
+        )
+
+    front = Later(front_page)
+    paths = ("/", "/runs/{id}", "/front/{name}", "/front/runs/{id}") if settings.front_page else ()
     app = Starlette(
         routes=[
+            *(Route(path, front, methods=["GET"]) for path in paths),
             Route("/metrics", page, methods=["GET"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),

@@ -126,7 +126,7 @@ class ChatCompletions:
 
     async def _handle(self, exchange: Exchange) -> str:
         headers = exchange.headers
-        exchange.caller = self._access.admit(headers)
+        exchange.admit(self._access)
         kind = headers.get("content-type", "")
         if kind != "application/json" and kind.partition(";")[0].strip().lower() != "application/json":
             raise InvalidRequest("the body should be sent as `Content-Type: application/json`")

@@ -16,7 +16,7 @@ from opentelemetry.trace import Span
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asmodel import request_log, tracing, wire
-from asmodel.access import Caller
+from asmodel.access import Access, Caller
 from asmodel.budget import Budget
 from asmodel.calls import Usage
 from asmodel.errors import AsmodelError, PayloadTooLarge
@@ -187,6 +187,12 @@ class Exchange:
         self._connection: Connection | None = extensions.get("asmodel.connection")
         self._when_left: Callable[[], None] | None = None
         self._watch: asyncio.Task[None] | None = None
+
+    def admit(self, access: Access) -> None:
+        """Learn whose request it is, and tell the trace. Raises Unauthorized or Forbidden."""
+        self.caller = access.admit(self.headers)
+        if self.span is not None and not access.open:
+            tracing.record_scope(self.span, self.caller.scope)
 
     def all_of(self, header: str) -> str:
         """The values of every header of that name, which mean the same as one with commas between (RFC 9110, 5.3)."""

@@ -23,6 +23,10 @@ ROUTES: Mapping[str, str] = {
     "GET /healthz": "200 as long as the process answers",
     "GET /readyz": "200 when it can answer; 503 while it is loading or draining",
     "GET /metrics": "Prometheus text: docs/metrics.md",
+    "GET /": "a page to look at and to try things out: docs/front-page.md; without a browser, the routes as JSON",
+    "GET /runs/{id}": "one of the last runs, on that page",
+    "GET /front/{name}": "a part of that page: for the page alone, and as it needs it",
+    "GET /front/runs/{id}": "the same",
 }
 """Every route. What is not among them is a 404 in the error envelope; another method is a 405."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asmodel import wire
 from asmodel.access import Access
@@ -60,6 +61,20 @@ class ModelList:
             "params": program.params.model_json_schema() if program.params else None,
         }
         return {**entry, "owned_by": "asmodel", "asmodel": told}
+
+
+class Later:
+    """An application that is imported and made when it is first asked, in a thread; until then it costs nothing."""
+
+    def __init__(self, make: Callable[[], ASGIApp]) -> None:
+        self._make = make
+        self._made: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        made = self._made
+        if made is None:
+            made = self._made = await asyncio.to_thread(self._make)
+        await made(scope, receive, send)
 
 
 class Probe:

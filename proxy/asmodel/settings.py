@@ -62,10 +62,17 @@ def _upstream_name(value: str) -> str:
     return value
 
 
+def _page_address(value: str) -> str:
+    if re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value) is None:
+        raise ValueError("the address of a page is expected: http:// or https://, host, port, path")
+    return value
+
+
 Whole: TypeAlias = Annotated[int, BeforeValidator(_not_a_truth)]
 Number: TypeAlias = Annotated[float, BeforeValidator(_not_a_truth), Field(allow_inf_nan=False)]
 Name: TypeAlias = Annotated[str, AfterValidator(_name)]
 UpstreamName: TypeAlias = Annotated[str, AfterValidator(_upstream_name)]
+PageAddress: TypeAlias = Annotated[str, AfterValidator(_page_address)]
 Folder: TypeAlias = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
@@ -301,6 +308,10 @@ class TraceSettings(_Table):
         description="Holders of keys who may have a request traced whatever the sampler says (`x-asmodel-trace: on`). "
         "Without `[keys]`, whoever is answered may.",
     )
+    jaeger: PageAddress | None = Field(
+        default=None,
+        description="Where Jaeger's page is, such as `http://127.0.0.1:16686`; the front page links each run to it.",
+    )
 
 
 class RecordingSettings(_Table):
@@ -383,6 +394,9 @@ class Settings(BaseSettings):
     )
     progress: bool = Field(
         default=True, description="Whether a program's stream says, as reasoning text, which step it is at."
+    )
+    front_page: bool = Field(
+        default=True, description="Whether there is a page at `/`: what is served, a form to try it, the last runs."
     )
 
     @classmethod

@@ -1,7 +1,8 @@
 """A kept trace as one HTML page that needs nothing else: no network, no other file, and no script to be read.
 
 Its policy (CSP) allows the page's own style and script, by their digests, and nothing that is not in it. Whatever comes
-out of the trace is text, escaped: names and content were written by strangers and by models.
+out of the trace is text, escaped: names and content were written by strangers and by models. The front page shows the
+same drawing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _OPEN = 12
 _DEEP = 24
 """How far the timeline is indented at most, and how deep it is nested: browsers flatten what is nested very deeply."""
 
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1d2129;--dim:#687081;--line:#e4e2dc;--soft:#f2f0eb;
 --model:#3b6fd4;--tool:#7a5bc7;--hit:#23936b;--run:#9aa3b2;--wait:#d8a13a;--bad:#c93c3c;--warn:#a96d00;--good:#18794e;
 --user:#eef3fd;--said:#edf8f2;--system:#f6f2ea;--mono:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
@@ -140,10 +141,8 @@ _STYLES = {"bold red": "bad", "yellow": "warn", "bold yellow": "warn", "green": 
 
 def page(trace: Trace, *, now_ns: int | None = None) -> str:
     """The trace as a page. What has not ended is drawn up to `now_ns`; by default up to what is known last."""
-    drawing = _Page(trace, now_ns)
-    title = " + ".join(words.clean(run.name) for run in trace.runs[:3]) or "trace"
     policy = (
-        f"default-src 'none'; style-src '{_digest(_STYLE)}'; script-src '{_digest(_SCRIPT)}'; "
+        f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(_SCRIPT)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     return "".join(
@@ -152,10 +151,27 @@ def page(trace: Trace, *, now_ns: int | None = None) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
             '<meta name="viewport" content="width=device-width,initial-scale=1">',
             '<meta name="referrer" content="no-referrer"><meta name="robots" content="noindex">',
-            f"<title>{escape(title)} - asmodel trace</title><style>{_STYLE}</style></head><body><main>",
-            *drawing.parts(),
+            f"<title>{escape(title(trace))} - asmodel trace</title><style>{STYLE}</style></head><body><main>",
+            *_Page(trace, now_ns).parts(),
+            f"<footer>{_named(trace)} This page is complete in itself and loads nothing.</footer>"
             f"</main><script>{_SCRIPT}</script></body></html>\n",
         )
+    )
+
+
+def drawing(trace: Trace, *, now_ns: int | None = None) -> str:
+    """What `page` shows, to be a part of another page, which has STYLE."""
+    return "".join((*_Page(trace, now_ns).parts(), f"<footer>{_named(trace)}</footer>"))
+
+
+def title(trace: Trace) -> str:
+    return " + ".join(words.clean(run.name) for run in trace.runs[:3]) or "trace"
+
+
+def _named(trace: Trace) -> str:
+    return (
+        f"Trace <code>{_text(trace.trace_id)}</code>. Names follow the OpenTelemetry semantic conventions for "
+        f"generative AI, {_text(names.SCHEMA_URL.rpartition('/')[2])}."
     )
 
 
@@ -194,11 +210,6 @@ class _Page:
         yield from self._answers()
         yield from self._timeline()
         yield from self._steps()
-        yield (
-            f"<footer>Trace <code>{_text(self._trace.trace_id)}</code>. Names follow the OpenTelemetry semantic "
-            f"conventions for generative AI, {_text(names.SCHEMA_URL.rpartition('/')[2])}. "
-            "This page is complete in itself and loads nothing.</footer>"
-        )
 
     # -- above ------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,19 +112,40 @@ _COLUMNS = (
 )
 
 
-def runs(path: Path, limit: int = 20) -> list[RunRow]:
-    """The last runs, the newest first; none where there is no file. Raises TraceFileUnreadable."""
+@dataclass(frozen=True, slots=True)
+class Of:
+    """Only the runs of one scope: those of one key's holder, or with None those that came without a key."""
+
+    scope: str | None
+
+
+def runs(path: Path, limit: int = 20, *, of: Of | None = None) -> list[RunRow]:
+    """The last runs, the newest first; none where there is no file. Raises TraceFileUnreadable.
+
+    With `of` only those of one scope.
+    """
     if not path.exists():
         return []
     with _reading(path) as connection:
         if _is_empty(connection):
             return []
-        rows = connection.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY start_ns DESC LIMIT ?", (limit,)).fetchall()
+        where, values = _those(of)
+        rows = connection.execute(
+            f"SELECT {_COLUMNS} FROM runs WHERE {where} ORDER BY start_ns DESC LIMIT ?", (*values, limit)
+        ).fetchall()
     return [_run_row(row) for row in rows]
 
 
-def spans(path: Path, id_prefix: str) -> Trace:
+def _those(of: Of | None) -> tuple[str, tuple[str | None, ...]]:
+    """The condition, and its values. `IS` and not `=`, for which NULL is not even NULL."""
+    return ("1", ()) if of is None else ("scope IS ?", (of.scope,))
+
+
+def spans(path: Path, id_prefix: str, *, of: Of | None = None, without: Collection[str] = ()) -> Trace:
     """The trace, or the one request, whose trace id or run id begins with `id_prefix`; "last" is the newest run's.
+
+    With `of` it is as if there were no runs but those of one scope: a trace id is the client's to choose, so several
+    may have used the same. Attributes named in `without` are not read.
 
     Raises NoSuchTrace where none or several do, TraceFileUnreadable.
     """
@@ -133,34 +154,40 @@ def spans(path: Path, id_prefix: str) -> Trace:
     with _reading(path) as connection:
         if _is_empty(connection):
             raise NoSuchTrace(f"no runs are kept yet: {path} is empty")
-        chosen = _find(connection, id_prefix.strip().lower(), path)
+        chosen = _find(connection, id_prefix.strip().lower(), path, of)
         row = _run_row(chosen[0])
         whole = len({_unit(r) for r in chosen}) > 1
         where, value = ("trace_id = ?", row.trace_id) if whole else ("unit = ?", _unit(chosen[0]))
-        kept = connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE {where} ORDER BY start_ns", (value,)).fetchall()
+        those, values = _those(of)
+        kept = connection.execute(
+            f"SELECT {_COLUMNS} FROM runs WHERE {where} AND {those} ORDER BY start_ns", (value, *values)
+        ).fetchall()
         found = [_run_row(r) for r in kept]
         nodes: list[tuple[Node, str]] = []
         for unit in dict.fromkeys(map(_unit, kept)):
             root = _hex(unit)
-            nodes += [_node(row, root) for row in _rows(connection, unit)]
+            nodes += [_node(row, root, without) for row in _rows(connection, unit)]
         nodes.sort(key=lambda pair: (pair[0].start_ns, -(pair[0].end_ns or 0)))
         links = {(link.trace_id, link.span_id) for node, _ in nodes for link in node.links}
-        payers = _payers(connection, links)
+        payers = _payers(connection, links, of)
     return Trace(trace_id=row.trace_id, runs=tuple(found), roots=_tree(nodes), payers=payers)
 
 
-def _find(connection: sqlite3.Connection, wanted: str, path: Path) -> list[Sequence[Any]]:
+def _find(connection: sqlite3.Connection, wanted: str, path: Path, of: Of | None) -> list[Sequence[Any]]:
+    where, values = _those(of)
     if wanted == "last":
-        rows = connection.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY start_ns DESC LIMIT 1").fetchall()
+        rows = connection.execute(
+            f"SELECT {_COLUMNS} FROM runs WHERE {where} ORDER BY start_ns DESC LIMIT 1", values
+        ).fetchall()
     else:
         rows = connection.execute(
-            f"SELECT {_COLUMNS} FROM runs WHERE substr(trace_id, 1, ?) = ? OR lower(substr(run_id, 1, ?)) = ?"
-            " ORDER BY start_ns DESC",
-            (len(wanted), wanted, len(wanted), wanted),
+            f"SELECT {_COLUMNS} FROM runs WHERE (substr(trace_id, 1, ?) = ? OR lower(substr(run_id, 1, ?)) = ?)"
+            f" AND {where} ORDER BY start_ns DESC",
+            (len(wanted), wanted, len(wanted), wanted, *values),
         ).fetchall()
     found = [_run_row(row) for row in rows]
     if not found or not wanted:
-        (count,) = connection.execute("SELECT count(*) FROM runs").fetchone()
+        (count,) = connection.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
         raise NoSuchTrace(f"no run has an id that begins with {wanted!r}; {count} are kept in {path}")
     if len({run.trace_id for run in found}) == 1:
         return rows
@@ -188,13 +215,16 @@ def _rows(connection: sqlite3.Connection, unit: int) -> Iterable[dict[str, Any]]
     return rows.values()
 
 
-def _payers(connection: sqlite3.Connection, links: Iterable[tuple[str, str]]) -> dict[str, RunRow]:
+def _payers(connection: sqlite3.Connection, links: Iterable[tuple[str, str]], of: Of | None) -> dict[str, RunRow]:
+    where, values = _those(of)
     payers: dict[str, RunRow] = {}
     wanted: dict[str, set[str]] = {}
     for trace_id, span_id in links:
         wanted.setdefault(trace_id, set()).add(span_id)
     for trace_id, span_ids in wanted.items():
-        kept = connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE trace_id = ?", (trace_id,)).fetchall()
+        kept = connection.execute(
+            f"SELECT {_COLUMNS} FROM runs WHERE trace_id = ? AND {where}", (trace_id, *values)
+        ).fetchall()
         by_span = {run.span_id: run for run in map(_run_row, kept)}
         for unit in dict.fromkeys(map(_unit, kept)):
             for row in _rows(connection, unit):
@@ -262,8 +292,11 @@ def _run_row(row: Sequence[Any]) -> RunRow:
     )
 
 
-def _node(row: Mapping[str, Any], root: str) -> tuple[Node, str]:
+def _node(row: Mapping[str, Any], root: str, without: Collection[str] = ()) -> tuple[Node, str]:
     run = row["run"]
+    attributes: Mapping[str, Any] = row["attributes"]
+    if without:
+        attributes = {name: value for name, value in attributes.items() if name not in without}
     node = Node(
         span_id=row["id"],
         parent_id=row["parent"],
@@ -272,7 +305,7 @@ def _node(row: Mapping[str, Any], root: str) -> tuple[Node, str]:
         start_ns=row["start"],
         end_ns=row["end"],
         failed=row.get("failed", False),
-        attributes=row["attributes"],
+        attributes=attributes,
         events=tuple(Event(name=n, time_ns=t, attributes=a) for n, t, a in row.get("events", ())),
         links=tuple(LinkTo(trace_id=t, span_id=s, attributes=a) for t, s, a in row.get("links", ())),
     )

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 MAX_SPANS = 20_000
 """Spans kept of one run. Those beyond it still count in the run's totals."""
 
-SCHEMA = 2
+SCHEMA = 3
 """The tables' version. A file of another one is set aside by who writes, and refused by who reads."""
 
 TABLES = """
@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS runs (
   run_id TEXT, program TEXT, model TEXT, start_ns INTEGER NOT NULL, end_ns INTEGER, outcome TEXT, error TEXT,
   process TEXT NOT NULL, seen_ns INTEGER NOT NULL, spans INTEGER NOT NULL, steps INTEGER NOT NULL,
   hits INTEGER NOT NULL, joined INTEGER NOT NULL, calls INTEGER NOT NULL, input_tokens INTEGER NOT NULL,
-  output_tokens INTEGER NOT NULL, cost REAL NOT NULL, unpriced INTEGER NOT NULL
+  output_tokens INTEGER NOT NULL, cost REAL NOT NULL, unpriced INTEGER NOT NULL, scope TEXT
 );
 CREATE TABLE IF NOT EXISTS chunks (
   id INTEGER PRIMARY KEY, unit INTEGER NOT NULL, open INTEGER NOT NULL, data TEXT NOT NULL

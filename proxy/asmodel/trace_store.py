@@ -100,6 +100,8 @@ class _Kept:
     output_tokens: int = 0
     cost: float = 0.0
     unpriced: int = 0
+    scope: str | None = None
+    """Whose request it is a part of; None where that is nobody's in particular."""
     fits: bool = True
     """Whether there is room for more of its spans."""
 
@@ -392,6 +394,9 @@ class _Writer:
             model,
             span.start_time,
         )
+        # The request's own span has it, which lets a caller in before any run begins.
+        if state.top is not None and names.REQUEST_SCOPE in state.top.attributes:
+            run.scope = str(state.top.attributes[names.REQUEST_SCOPE])
         self._runs[run.id] = run
         return run
 
@@ -461,7 +466,7 @@ class _Writer:
             connection.executemany("DELETE FROM chunks WHERE unit = ? AND open", self._over)
         if runs:
             connection.executemany(
-                f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * 23)})",
+                f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * 24)})",
                 [
                     (
                         run.id,
@@ -487,6 +492,7 @@ class _Writer:
                         run.output_tokens,
                         run.cost,
                         run.unpriced,
+                        run.scope,
                     )
                     for run in runs
                 ],

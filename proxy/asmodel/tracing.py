@@ -112,6 +112,7 @@ RUN_COST = "asmodel.run.cost"
 RUN_NOTE = "asmodel.run.note"
 RUN_LIMITED = "asmodel.run.limited"
 CANCELLED = "asmodel.cancelled"
+REQUEST_SCOPE = "asmodel.scope"
 STEP_NAME = "asmodel.step.name"
 STEP_PROGRAM = "asmodel.step.program"
 STEP_KIND = "asmodel.step.kind"
@@ -370,6 +371,11 @@ def record_response(span: Span, status: int, error: BaseException | None = None)
         span.set_attribute(ERROR_TYPE, str(status))
     if status >= 500:
         span.set_status(StatusCode.ERROR)
+
+
+def record_scope(span: Span, scope: str) -> None:
+    """Whose request it is: the holder of its key, where the server wants keys."""
+    span.set_attribute(REQUEST_SCOPE, scope)
 
 
 def record_left(span: Span) -> None:

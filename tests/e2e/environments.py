@@ -88,10 +88,10 @@ def python(name: str, *requirements: str) -> Environment:
     return Environment(folder / "bin" / "python", folder)
 
 
-def node() -> Environment:
-    """Node and the SDK, both npm packages. Raises EnvironmentUnavailable."""
+def node(name: str = "node", packages: Mapping[str, str] = NODE_PACKAGES) -> Environment:
+    """Node and the packages, all of them from npm. Raises EnvironmentUnavailable."""
     runtime = _node_package()
-    wanted = {runtime: NODE, **NODE_PACKAGES}
+    wanted = {runtime: NODE, **packages}
 
     def build(folder: Path) -> dict[str, str]:
         folder.mkdir()
@@ -99,11 +99,11 @@ def node() -> Environment:
         npm, environment = _npm()
         # The packages need no scripts of theirs; some versions of npm would ask about them.
         command = [*npm, "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund"]
-        _run([*command, "--loglevel=error"], "node", cwd=folder, environment=environment)
+        _run([*command, "--loglevel=error"], name, cwd=folder, environment=environment)
         modules = folder / "node_modules"
-        return {name: json.loads((modules / name / "package.json").read_text())["version"] for name in wanted}
+        return {package: json.loads((modules / package / "package.json").read_text())["version"] for package in wanted}
 
-    folder = _made("node", [json.dumps(wanted, sort_keys=True)], build)
+    folder = _made(name, [json.dumps(wanted, sort_keys=True)], build)
     return Environment(folder / "node_modules" / runtime / "bin" / "node", folder)
 
 
