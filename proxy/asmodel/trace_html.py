@@ -32,8 +32,8 @@ _DEEP = 24
 """How far the timeline is indented at most, and how deep it is nested: browsers flatten what is nested very deeply."""
 
 STYLE = """
-:root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1d2129;--dim:#687081;--line:#e4e2dc;--soft:#f2f0eb;
---model:#3b6fd4;--tool:#7a5bc7;--hit:#23936b;--run:#9aa3b2;--wait:#d8a13a;--bad:#c93c3c;--warn:#a96d00;--good:#18794e;
+:root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1d2129;--dim:#5c6474;--line:#e4e2dc;--soft:#f2f0eb;
+--model:#3b6fd4;--tool:#7a5bc7;--hit:#23936b;--run:#9aa3b2;--wait:#d8a13a;--bad:#c23535;--warn:#8f5c00;--good:#18794e;
 --user:#eef3fd;--said:#edf8f2;--system:#f6f2ea;--mono:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(prefers-color-scheme:dark){:root{--bg:#14161a;--card:#1b1e24;--ink:#e4e6eb;--dim:#949cab;--line:#2d323b;
 --soft:#22262d;--model:#6b9bf5;--tool:#a88bf0;--hit:#3dbb8b;--run:#5d6675;--wait:#d8a94f;--bad:#f07171;--warn:#e0b060;

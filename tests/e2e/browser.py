@@ -20,7 +20,7 @@ from tests.e2e.environments import Environment, EnvironmentUnavailable, node
 from tests.serving import PATIENCE
 
 SCRIPT = Path(__file__).with_name("clients") / "browser.mjs"
-PACKAGES = {"playwright-core": "^1.50"}
+PACKAGES = {"playwright-core": "^1.50", "axe-core": "^4.10"}
 BROUGHT = {"@sparticuz/chromium": ">=130"}
 """Chromium as an npm package, for Linux without one."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chromium-headless-shell")
@@ -112,6 +112,20 @@ class Browser:
 
     def wait(self, at: str, state: str = "visible") -> None:
         self.tell("wait", at=at, state=state)
+
+    def faults(self) -> list[str]:
+        """What axe finds wrong for those who do not see, or see little: rule, and where."""
+        found: list[str] = self.tell("axe")
+        return found
+
+    @property
+    def asked(self) -> list[str]:
+        """The addresses that the window has asked for."""
+        found: list[str] = self.tell("asked")
+        return found
+
+    def shot(self, path: Path, *, full: bool = False) -> None:
+        self.tell("shot", path=str(path), full=full)
 
     def run(self, code: str) -> Any:
         return self.tell("run", code=code)

@@ -44,7 +44,7 @@ function seconds(s) {
 function dollars(d) {
   if (d === null || d === undefined) return "unknown";
   if (d === 0) return "$0";
-  return d >= 1 ? `$${d.toFixed(2)}` : d >= 0.00095 ? `$${d.toFixed(4)}` : `$${d.toExponential(0).replace(/e-(\d)$/, "e-0$1")}`;
+  return d >= 1 ? `$${d.toFixed(2)}` : d >= 0.000095 ? `$${d.toFixed(4)}` : `$${d.toExponential(0).replace(/e-(\d)$/, "e-0$1")}`;
 }
 const number = (n) => n === null || n === undefined ? "" : n.toLocaleString("en");
 function plural(n, word) { return `${number(n)} ${word}${n === 1 ? "" : "s"}`; }
@@ -356,7 +356,11 @@ class Result {
       if (choice.index) continue;
       const delta = choice.delta || {};
       if (delta.reasoning_content) this.told(delta.reasoning_content);
-      if (delta.content) { this.answer += delta.content; state("answering", "live"); }
+      if (delta.content) {
+        if (!this.answer) this.settle(-1);
+        this.answer += delta.content;
+        state("answering", "live");
+      }
       if (delta.refusal) this.answer += delta.refusal;
       for (const call of delta.tool_calls || []) {
         const known = this.tools[call.index || 0] ||= { name: "", arguments: "" }, f = call.function || {};
@@ -366,6 +370,11 @@ class Result {
       if (choice.finish_reason) this.finish = choice.finish_reason;
     }
     this.draw();
+  }
+
+  // Once the answer has begun, nothing is told of the steps: those before the last one have led to it.
+  settle(most) {
+    for (const line of [...this.lines.values()].slice(0, most)) line.done = line.of;
   }
 
   told(text) {
@@ -502,8 +511,7 @@ async function ask() {
     }
     if (!whole) throw new Error("the answer broke off: the connection was lost");
     const how = result.finish && result.finish !== "stop" ? `done (${result.finish.replace("_", " ")})` : "done";
-    // The step that the answer came from is told of no more once the answer has begun.
-    for (const line of result.lines.values()) line.done = line.of;
+    result.settle();
     const told = result.end(response, how, result.finish === "length" ? "warn" : "good");
     say(`Answered. ${told}.`);
   } catch (error) {

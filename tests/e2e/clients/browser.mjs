@@ -1,9 +1,12 @@
 // A real Chromium, told what to do by lines of JSON and answering with one each. It notes whatever a page complains of.
+import fs from "node:fs";
+import { createRequire } from "node:module";
 import readline from "node:readline";
 import { chromium } from "playwright-core";
 
 const [executable] = process.argv.slice(2);
 const browser = await chromium.launch({ executablePath: executable, headless: true, args: ["--no-sandbox", "--disable-gpu"] });
+const axe = fs.readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 let context = null;
 let page = null;
 let noted = [];
@@ -45,6 +48,11 @@ const orders = {
   shot: async ({ path, at, full }) => {
     if (at) await page.locator(at).first().screenshot({ path });
     else await page.screenshot({ path, fullPage: Boolean(full) });
+  },
+  axe: async () => {
+    await page.evaluate(axe);
+    const found = await page.evaluate(() => axe.run(document, { resultTypes: ["violations"] }));
+    return found.violations.map((v) => `${v.id}: ${v.help}: ${v.nodes.map((n) => n.target.join(" ")).slice(0, 4).join(", ")}`);
   },
   noted: () => noted,
   asked: () => asked,
