@@ -165,6 +165,13 @@ class DiskCache:
 
     # Reading
 
+    def recall(self, key: str) -> bytes | None:
+        """What is in memory, as `get` would find it there; None where something else is to be done, or looked at."""
+        store = self._store
+        if store is None or time.monotonic() >= store.look_at:
+            return None
+        return store.recall(key)
+
     async def get(self, key: str) -> bytes | None:
         deadline: float | None = None
         large = False

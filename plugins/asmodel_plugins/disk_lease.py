@@ -187,7 +187,8 @@ class _Table:
             _unlock(self.file, place)
         finally:
             del self.held[place]
-            self._end()
+            if self._retired:
+                self._end()
 
     def read(self, name: bytes) -> tuple[int, int]:
         """The beat and the turn of a key."""
@@ -217,6 +218,8 @@ class _Lease(AbstractAsyncContextManager["_Lease"]):
         self._seconds = seconds
         self._table: _Table | None = None
         self._turn = 0
+        self._place = 0
+        """Which lock is the key's, at its turn."""
         self._kept: set[_Lease] | None = None
         self._box: int | None = None
         self._note = b""
@@ -228,6 +231,8 @@ class _Lease(AbstractAsyncContextManager["_Lease"]):
             return self
         try:
             self._turn = table.read(self._name)[1]
+            number = int.from_bytes(self._name[8:16], "little")
+            self._place = _LOCKS + (number + self._turn * 0x9E3779B97F4A7C15) % _PLACES
             taken = table.take(self._place, self)
         except OSError as error:
             leases.tell(error)
@@ -264,10 +269,6 @@ class _Lease(AbstractAsyncContextManager["_Lease"]):
             return
         with suppress(OSError):  # it is free, or was never ours, whatever else
             await asyncio.shield(ending)
-
-    @property
-    def _place(self) -> int:
-        return _LOCKS + (int.from_bytes(self._name[8:16], "little") + self._turn * 0x9E3779B97F4A7C15) % _PLACES
 
     def leave(self, note: bytes) -> None:
         if len(note) > _NOTE_BYTES:
