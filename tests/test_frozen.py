@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 from asmodel import calls
 from asmodel.frozen import quickly_made
 
-QUICK = [kind for kind in vars(calls).values() if isinstance(kind, type) and hasattr(kind.__init__, "__wrapped__")]
+QUICK: list[Any] = [
+    kind
+    for kind in vars(calls).values()
+    if isinstance(kind, type) and hasattr(vars(kind).get("__init__"), "__wrapped__")
+]
 
 
 def made_plainly(kind: type[Any], *args: object, **kwargs: object) -> Any:

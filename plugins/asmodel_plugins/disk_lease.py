@@ -74,6 +74,11 @@ class DiskLeases:
     def lease(self, key: str, seconds: float) -> AbstractAsyncContextManager[_Lease]:
         return _Lease(self, hashlib.sha256(key.encode()).digest(), seconds)
 
+    @property
+    def known(self) -> _Table | None:
+        """The table, where it was looked at lately; None where `table` has to be asked."""
+        return self._table if time.monotonic() < self._look_at else None
+
     async def table(self) -> _Table | None:
         """The table that is in the folder; None where there can be none."""
         table = self._table
@@ -226,7 +231,7 @@ class _Lease(AbstractAsyncContextManager["_Lease"]):
 
     async def __aenter__(self) -> _Lease:
         leases = self._leases
-        table = await leases.table()
+        table = leases.known or await leases.table()
         if table is None:
             return self
         try:

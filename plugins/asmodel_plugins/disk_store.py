@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from asmodel.errors import ConfigurationError
+from asmodel.frozen import quickly_made
 from asmodel_plugins.disk_memory import Memory
 
 if TYPE_CHECKING:  # diskcache publishes no types; this is what we use of it
@@ -173,6 +174,7 @@ def fault_of(error: sqlite3.Error | OSError) -> Fault:
             return "odd"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Row:
     """What is to be stored. `ttl` in seconds."""

@@ -99,6 +99,17 @@ class Budget:
         """Around a call to an upstream, its retries and its time in the queue."""
         return _Asking(self)
 
+    def ask(self) -> None:
+        """An upstream is being waited for, until `asked`."""
+        if self._asking == 0:
+            self._since = time.monotonic()
+        self._asking += 1
+
+    def asked(self) -> None:
+        self._asking -= 1
+        if self._asking == 0:
+            self.upstream_seconds += time.monotonic() - self._since
+
     @property
     def waited(self) -> float:
         """Seconds for which at least one upstream was being waited for, up to now."""
@@ -120,15 +131,9 @@ class _Asking(AbstractContextManager[object]):
         self._budget = budget
 
     def __enter__(self) -> None:
-        budget = self._budget
-        if budget._asking == 0:
-            budget._since = time.monotonic()
-        budget._asking += 1
+        self._budget.ask()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        budget = self._budget
-        budget._asking -= 1
-        if budget._asking == 0:
-            budget.upstream_seconds += time.monotonic() - budget._since
+        self._budget.asked()

@@ -49,13 +49,14 @@ def quickly_made(kind: type[T]) -> type[T]:
     text = f"def __init__({taken}):\n " + "\n ".join(lines)
     # Under a name of its own, by which a profile tells one class from another.
     exec(compile(text, f"<{kind.__name__}>", "exec"), names)
-    made, plain = names["__init__"], kind.__init__
+    open_to_change: Any = kind
+    made, plain = names["__init__"], open_to_change.__init__
     made.__qualname__, made.__module__ = plain.__qualname__, kind.__module__
     made.__annotations__, made.__wrapped__ = plain.__annotations__, plain
-    kind.__init__ = made  # type: ignore[misc]
-    kind.__init_subclass__ = classmethod(_has_no_subclasses)  # type: ignore[assignment]
+    open_to_change.__init__ = made
+    open_to_change.__init_subclass__ = classmethod(_has_no_subclasses)
     return kind
 
 
-def _has_no_subclasses(kind: type[Any], **arguments: object) -> None:
+def _has_no_subclasses(kind: type[Any], /, **arguments: object) -> None:
     raise TypeError(f"{kind.__name__}: what is made quickly has no subclasses")

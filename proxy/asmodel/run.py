@@ -64,6 +64,7 @@ from asmodel.errors import (
     StepError,
     Unsupported,
 )
+from asmodel.frozen import quickly_made
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.programs import Answer, Out, ParamsT, Program
 from asmodel.progress import Progress
@@ -104,6 +105,7 @@ _COMPLETION_HINTS = frozenset(
 log = logging.getLogger("asmodel.run")
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What was asked, as far as a program or its reply step may know it."""
