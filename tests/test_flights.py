@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from tests.redis_serving import installed_servers, running
 from asmodel.budget import Budget, Limits
 from asmodel.calls import CachePolicy, Call, Chat, Delta, Message, Reply, Terms
 from asmodel.errors import DeadlineExceeded, UpstreamUnavailable
-from asmodel.protocols import Lease
+from asmodel.protocols import Cache, Lease
 from asmodel.testing import FunctionUpstream
-from asmodel.upstreams import Cached
+from asmodel.upstreams import Cached, Readings
 from asmodel_plugins.disk_cache import DiskCache
 
 ON = Terms(program="p", step="s")
@@ -276,6 +277,10 @@ class Counted(DiskCache):
         self.asked.append("get")
         return await super().get(key)
 
+    def recall(self, key: str) -> bytes | None:
+        self.asked.append("recall")
+        return super().recall(key)
+
 
 async def test_a_hit_asks_the_store_once_and_takes_no_lease(tmp_path: Path) -> None:
     store = Counted(tmp_path / "cache")
@@ -285,7 +290,7 @@ async def test_a_hit_asks_the_store_once_and_takes_no_lease(tmp_path: Path) -> N
     await cached.send(CALL, ON)
     store.asked.clear()
     assert (await cached.send(CALL, ON)).source == "hit"
-    assert store.asked == ["get"]
+    assert store.asked == ["recall"]
     off = Terms(program="p", step="s", cache=CachePolicy(mode="off"))
     store.asked.clear()
     await cached.send(CALL, off)
@@ -299,3 +304,63 @@ async def test_leases_that_cannot_be_had_cost_no_answer(tmp_path: Path) -> None:
         leases.write_text("not a folder")
         reply: Reply = await Cached(FunctionUpstream(lambda call: "yes", name="up"), store).send(CALL, ON)
         assert reply.source == "bought"
+
+
+class Without:
+    """The same store, which cannot say what it has in memory."""
+
+    def __init__(self, store: Cache) -> None:
+        self.get = store.get
+        self.set = store.set
+
+
+@pytest.mark.parametrize("recalls", [True, False])
+async def test_a_hit_out_of_memory_is_the_hit_that_any_store_gives(recalls: bool, tmp_path: Path) -> None:
+    async with stores(tmp_path / "cache", 1) as (store,):
+        upstream = FunctionUpstream(lambda call: "yes", name="up")
+        cached = Cached(upstream, store if recalls else Without(store))
+        bought = await cached.send(CALL, ON)
+        one, other = await cached.send(CALL, ON), await cached.send(CALL, ON)
+        assert one == other == replace(bought, source="hit")
+        assert one is other  # Read once.
+        assert len(upstream.calls) == 1
+        young = Terms(program="p", step="s", cache=CachePolicy(max_age=0.0))
+        assert (await cached.send(CALL, young)).source == "bought"
+
+        def refuse(reply: Reply) -> None:
+            raise ValueError("no")
+
+        assert (await cached.send(CALL, Terms(program="p", step="s", accept=refuse))).source == "bought"
+        assert (await cached.send(CALL, ON)).source == "hit"
+        assert len(upstream.calls) == 3
+
+
+async def test_what_another_has_replaced_is_read_anew(tmp_path: Path) -> None:
+    async with stores(tmp_path / "cache") as (store, theirs):
+        cached = Cached(FunctionUpstream(lambda call: "ours", name="up"), store)
+        await cached.send(CALL, ON)
+        assert (await cached.send(CALL, ON)).text == "ours"
+        other = Cached(FunctionUpstream(lambda call: "theirs", name="up"), theirs)
+        await other.send(CALL, Terms(program="p", step="s", cache=CachePolicy(mode="refresh")))
+        assert (await cached.send(CALL, ON)).text == "theirs"
+
+
+def test_what_was_read_is_known_by_its_very_bytes_and_bounded_in_them() -> None:
+    def stored(text: str) -> bytes:
+        return Reply(text=text).dump()
+
+    readings = Readings(limit=len(stored("x" * 10)) * 32)
+    first = stored("0" * 10)
+    assert readings.of("0", first) is readings.of("0", first)
+    assert readings.of("0", first) == Reply.load(first)
+    other = stored("1" * 10)
+    assert readings.of("0", other).text == "1" * 10
+    assert readings.of("0", first).text == "0" * 10
+    for number in range(100):
+        readings.of(str(number), stored(f"{number:010}"))
+    assert readings.used <= readings.limit
+    assert readings.of("0", first) is not None
+    large = stored("y" * readings.limit)
+    assert readings.of("large", large) is not readings.of("large", large)
+    with pytest.raises(ValueError, match="stored reply"):
+        readings.of("0", b"[]")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any, NewType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from asmodel import LogLikelihood, Message, ProgramError, Prompt, Reply, Step, StepError, program, score, step
-from asmodel.calls import Chat, Completion, Score, TokenLogprob
+from asmodel.calls import Chat, Completion, NotJSON, Score, TokenLogprob, body, canonical, describe, key
 from asmodel.run import Run
 from asmodel.steps import asked_again
 from asmodel.testing import FunctionUpstream, run_program
@@ -278,3 +281,52 @@ async def test_how_often_is_asked_is_the_steps_to_say() -> None:
     assert len(upstream.calls) == 1
     assert "x" * 200 + "…" in str(failed.value)
     assert "x" * 201 not in str(failed.value)
+
+
+PARAMS = st.dictionaries(
+    st.sampled_from(("top_k", "logit_bias", "user", "stop")),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+    | st.lists(st.text()),
+    max_size=3,
+)
+SHOWN = st.text(max_size=40) | st.lists(
+    st.builds(
+        Message,
+        st.sampled_from(("system", "user")),
+        st.text(max_size=20) | st.none(),
+        name=st.none() | st.text(max_size=3),
+    ),
+    max_size=3,
+)
+
+
+@given(identity=st.text(max_size=10), shown=SHOWN, params=PARAMS, returns=st.sampled_from((str, int)))
+def test_the_calls_of_a_step_are_written_by_the_plain_rule(
+    identity: str, shown: Any, params: dict[str, Any], returns: type[Any]
+) -> None:
+    @step(returns=returns, params=params)
+    def one(shown: Any) -> Any:
+        return shown
+
+    for call in (one.call(shown, identity), one.call(shown, identity)):
+        assert body(call) == canonical(describe(call))
+        assert key(call, "s") == key(replace(call), "s")
+
+
+def test_a_parameter_that_is_changed_from_inside_is_in_the_next_key() -> None:
+    stops = ["a"]
+    one = step(params={"stop": stops})(lambda: "x")
+    before = key(one.call("x", "me"))
+    stops.append("b")
+    assert key(one.call("x", "me")) != before
+
+
+@pytest.mark.parametrize("shown", ["\ud83d", [Message("user", "a\udc00")]])
+def test_half_a_surrogate_pair_is_told_when_the_key_is_made(shown: Any) -> None:
+    call = step(lambda: shown).call(shown, "me")
+    with pytest.raises(NotJSON):
+        key(call)

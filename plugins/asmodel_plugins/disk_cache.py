@@ -165,6 +165,13 @@ class DiskCache:
 
     # Reading
 
+    def recall(self, key: str) -> bytes | None:
+        """What is in memory, as `get` would find it there; None where something else is to be done, or looked at."""
+        store = self._store
+        if store is None or time.monotonic() >= store.look_at:
+            return None
+        return store.recall(key)
+
     async def get(self, key: str) -> bytes | None:
         deadline: float | None = None
         large = False
@@ -246,8 +253,12 @@ class DiskCache:
             raise
 
     def _commit(self, batch: Sequence[Row]) -> None:
-        for _ in range(3):
-            store = self._usable()
+        # The one there was. Whether it is the one in the folder has to be seen once it is written to; to look before as
+        # well would be one wait more for the interpreter, which is let go of meanwhile.
+        store = self._store
+        for attempt in range(3):
+            if store is None or attempt:
+                store = self._usable()
             if store is None:
                 break
             try:

@@ -74,6 +74,11 @@ class DiskLeases:
     def lease(self, key: str, seconds: float) -> AbstractAsyncContextManager[_Lease]:
         return _Lease(self, hashlib.sha256(key.encode()).digest(), seconds)
 
+    @property
+    def known(self) -> _Table | None:
+        """The table, where it was looked at lately; None where `table` has to be asked."""
+        return self._table if time.monotonic() < self._look_at else None
+
     async def table(self) -> _Table | None:
         """The table that is in the folder; None where there can be none."""
         table = self._table
@@ -187,7 +192,8 @@ class _Table:
             _unlock(self.file, place)
         finally:
             del self.held[place]
-            self._end()
+            if self._retired:
+                self._end()
 
     def read(self, name: bytes) -> tuple[int, int]:
         """The beat and the turn of a key."""
@@ -217,17 +223,21 @@ class _Lease(AbstractAsyncContextManager["_Lease"]):
         self._seconds = seconds
         self._table: _Table | None = None
         self._turn = 0
+        self._place = 0
+        """Which lock is the key's, at its turn."""
         self._kept: set[_Lease] | None = None
         self._box: int | None = None
         self._note = b""
 
     async def __aenter__(self) -> _Lease:
         leases = self._leases
-        table = await leases.table()
+        table = leases.known or await leases.table()
         if table is None:
             return self
         try:
             self._turn = table.read(self._name)[1]
+            number = int.from_bytes(self._name[8:16], "little")
+            self._place = _LOCKS + (number + self._turn * 0x9E3779B97F4A7C15) % _PLACES
             taken = table.take(self._place, self)
         except OSError as error:
             leases.tell(error)
@@ -264,10 +274,6 @@ class _Lease(AbstractAsyncContextManager["_Lease"]):
             return
         with suppress(OSError):  # it is free, or was never ours, whatever else
             await asyncio.shield(ending)
-
-    @property
-    def _place(self) -> int:
-        return _LOCKS + (int.from_bytes(self._name[8:16], "little") + self._turn * 0x9E3779B97F4A7C15) % _PLACES
 
     def leave(self, note: bytes) -> None:
         if len(note) > _NOTE_BYTES:

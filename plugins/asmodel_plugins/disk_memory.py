@@ -29,6 +29,10 @@ class Memory:
         self._used = 0
         self._lock = threading.Lock()
 
+    def __contains__(self, key: str) -> bool:
+        """Whether there is anything of the key, which `find` may still not give."""
+        return key in self._values
+
     def find(self, key: str, version: bytes) -> bytes | None:
         """The value that the store holds at this version, where it is known."""
         with self._lock:

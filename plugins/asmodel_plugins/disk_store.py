@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from asmodel.errors import ConfigurationError
+from asmodel.frozen import quickly_made
 from asmodel_plugins.disk_memory import Memory
 
 if TYPE_CHECKING:  # diskcache publishes no types; this is what we use of it
@@ -125,6 +126,19 @@ _WAL_PAGES = 1500
 """About so many pages are written between two checkpoints."""
 
 
+_process = object()
+"""Stands for this process: a forked child has another. To ask the system each time for its number is a call of it."""
+
+
+def _forked() -> None:
+    global _process
+    _process = object()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class Unreadable(Exception):
     """A row that we did not write like this; says which kind of oddity, never what the row holds."""
 
@@ -160,6 +174,7 @@ def fault_of(error: sqlite3.Error | OSError) -> Fault:
             return "odd"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Row:
     """What is to be stored. `ttl` in seconds."""
@@ -234,7 +249,7 @@ class Store(_Cache):
         self._synchronous = synchronous
         self.look_at = 0.0
         self.suspect = False
-        self._pid = os.getpid()
+        self._process = _process
         self._guard = threading.Lock()
         self._connections: list[_Held] = []
         self._is_retired = False
@@ -293,7 +308,7 @@ class Store(_Cache):
         return held
 
     def _same_process(self) -> None:
-        if os.getpid() != self._pid:
+        if self._process is not _process:
             raise RuntimeError("the disk cache was opened before a fork; open one of its own in the child")
 
     @property
@@ -335,6 +350,12 @@ class Store(_Cache):
         version = self._read_version()
         value = self.memory.find(key, version)
         return self._read(key, version, quick=True) if value is None else value
+
+    def recall(self, key: str) -> bytes | None:
+        """What `look` would find in memory; None where it would have to read, or to raise."""
+        if key not in self.memory or self._process is not _process or self._is_retired:
+            return None
+        return self.memory.find(key, self._read_version())
 
     def load(self, key: str) -> bytes | None:
         """Read a value of any size."""

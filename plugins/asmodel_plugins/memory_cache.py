@@ -44,6 +44,10 @@ class MemoryCache:
         return MemoryCache(2**62)
 
     async def get(self, key: str) -> bytes | None:
+        return self.recall(key)
+
+    def recall(self, key: str) -> bytes | None:
+        """All that it has is in memory, so this is all that `get` does."""
         entry = self._entries.get(key)
         if entry is None:
             return None

@@ -11,9 +11,12 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
 
 import orjson
+
+from asmodel.frozen import quickly_made
 
 if TYPE_CHECKING:
     from asmodel.budget import Budget
@@ -30,6 +33,7 @@ REPLY_VERSION = 1
 _NO_JSON: Mapping[str, Any] = {}
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
     """A call that the model asks for. `arguments` is the model's own JSON text, which may not be valid JSON."""
@@ -39,6 +43,7 @@ class ToolCall:
     arguments: str
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation, in the shape of OpenAI's chat completions; nothing that came in is lost."""
@@ -84,6 +89,7 @@ class Document:
     id: str = ""
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
     """Messages in, a message out."""
@@ -103,6 +109,7 @@ class Chat:
     """What `body` gives, once it has been made."""
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """Raw text in, its continuation out; no chat template."""
@@ -115,6 +122,7 @@ class Completion:
     _body: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """The log-likelihood of a given continuation after a given context; both raw text."""
@@ -204,6 +212,11 @@ def describe(call: Call) -> dict[str, Any]:
     return body
 
 
+def written_fields(call: Call) -> Sequence[str]:
+    """The names of what `describe` says of it, besides its kind."""
+    return _FIELDS[type(call)]
+
+
 _FIELDS: Mapping[type[Call], tuple[str, ...]] = {
     kind: tuple(f.name for f in fields(kind) if f.init) for kind in (Chat, Completion, Score, Embed)
 }
@@ -222,21 +235,40 @@ def _plain_chat(call: Chat) -> bytes | None:
     """The same where the messages are text and nothing else, as nearly all are, at a fifth of the cost."""
     if call.schema is not None or call.tools:
         return None
-    messages: list[dict[str, str]] = []
-    for m in call.messages:
+    try:
+        return written_chat(call.draw, call.identity, call.messages, chat_ending(call.params))
+    except orjson.JSONEncodeError as error:
+        raise NotJSON(f"{error}") from None
+
+
+def written_chat(draw: str | None, identity: str, messages: Sequence[Message], ending: bytes) -> bytes | None:
+    """The `body` of a chat that ends in `chat_ending(...)`: what is the same in all calls of a step is written once.
+
+    None where a message holds more than text. Raises orjson.JSONEncodeError for half a surrogate pair.
+    """
+    plain: list[dict[str, str]] = []
+    for m in messages:
         content = m.content
         if type(content) is not str or m.extra or m.tool_calls or m.name is not None or m.tool_call_id is not None:
             return None
-        messages.append({"content": content, "role": m.role})
-    try:
-        return b'{"draw":%b,"identity":%b,"kind":"chat","messages":%b,"params":%b,"schema":null,"tools":[]}' % (
-            orjson.dumps(call.draw),
-            orjson.dumps(call.identity),
-            orjson.dumps(messages),
-            canonical(call.params) if call.params else b"{}",
-        )
-    except orjson.JSONEncodeError as error:
-        raise NotJSON(f"{error}") from None
+        plain.append({"content": content, "role": m.role})
+    return b'{"draw":%b,"identity":%b,"kind":"chat","messages":%b%b' % (
+        b"null" if draw is None else orjson.dumps(draw),
+        orjson.dumps(identity),
+        orjson.dumps(plain),
+        ending,
+    )
+
+
+def chat_ending(
+    params: Mapping[str, JSON], schema: Mapping[str, JSON] | None = None, tools: Sequence[Mapping[str, JSON]] = ()
+) -> bytes:
+    """What stands after the messages in the `body` of a chat. Raises NotJSON."""
+    return b',"params":%b,"schema":%b,"tools":%b}' % (
+        canonical(params) if params else b"{}",
+        b"null" if schema is None else canonical(schema),
+        canonical(tools) if tools else b"[]",
+    )
 
 
 _NO_DRAW = b'{"draw":null,'
@@ -259,16 +291,29 @@ def drawn(call: Chat | Completion, undrawn: bytes, draw: str) -> Chat | Completi
     else:
         made = replace(call, draw=draw)
     if undrawn.startswith(_NO_DRAW):
-        written = b'{"draw":%b,%b' % (orjson.dumps(draw), undrawn[len(_NO_DRAW) :])
-        object.__setattr__(made, "_body", written)
+        return written_with(made, b'{"draw":%b,%b' % (orjson.dumps(draw), undrawn[len(_NO_DRAW) :]))
     return made
+
+
+def written_with(call: Chat | Completion, written: bytes) -> Chat | Completion:
+    """The call, which knows from now on that `written` is its `body`."""
+    object.__setattr__(call, "_body", written)
+    return call
 
 
 def key(call: Call, scope: str = "") -> str:
     """The cache key: 64 hex digits of SHA-256 over the call, the scope and the version of this rule."""
-    return hashlib.sha256(b"[%d,%b,%b]" % (KEY_VERSION, canonical(scope), body(call))).hexdigest()
+    written = getattr(call, "_body", None) or body(call)
+    return hashlib.sha256(b"%b%b]" % (_opening(scope), written)).hexdigest()
 
 
+@lru_cache(maxsize=64)
+def _opening(scope: str) -> bytes:
+    """What stands before the call in what its key hashes."""
+    return b"[%d,%b," % (KEY_VERSION, canonical(scope))
+
+
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Tokens of one call, or of many added up."""
@@ -318,6 +363,7 @@ class LogLikelihood:
         return self.total / self.tokens if self.tokens else 0.0
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Origin:
     """The span that paid for a reply: hex ids of OpenTelemetry (32 and 16 digits)."""
@@ -329,6 +375,7 @@ class Origin:
 Source: TypeAlias = Literal["bought", "hit", "joined"]
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """What came back for one call."""
@@ -433,6 +480,35 @@ class Reply:
 
     def named(self, source: Source) -> Reply:
         return replace(self, source=source)
+
+    def paid(
+        self,
+        *,
+        upstream: str,
+        model: str,
+        cost: float | None,
+        bought_at: float,
+        seconds: float,
+        origin: Origin | None,
+    ) -> Reply:
+        """The reply with who answered, when, and at what cost: as by `replace`, in half of its time."""
+        return Reply(
+            text=self.text,
+            finish=self.finish,
+            usage=self.usage,
+            tool_calls=self.tool_calls,
+            reasoning=self.reasoning,
+            refusal=self.refusal,
+            logprobs=self.logprobs,
+            embeddings=self.embeddings,
+            model=model,
+            upstream=upstream,
+            cost=cost,
+            bought_at=bought_at,
+            seconds=seconds,
+            origin=origin,
+            source=self.source,
+        )
 
 
 def _plain_reply(stored: Any) -> Reply | None:
@@ -548,6 +624,7 @@ class ToolCallDelta:
     arguments: str = ""
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """What a stream has added since the last one."""
@@ -562,6 +639,7 @@ Emit: TypeAlias = Callable[[Delta], Awaitable[None]]
 CacheMode: TypeAlias = Literal["on", "off", "refresh", "only"]
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class CachePolicy:
     """on: read and write; off: neither; refresh: write only; only: a miss is an error. Ages and `ttl` in seconds."""
@@ -571,6 +649,7 @@ class CachePolicy:
     max_age: float | None = None
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """On what terms a call is made. Nothing here may change the answer, and nothing here is hashed but the scope."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from types import MappingProxyType
@@ -153,6 +153,10 @@ def _count(value: object) -> int | None:
 # --- bodies and chunks to replies -----------------------------------------------------------------------------------
 
 
+# One assembly a reply: `list[str]()` takes as long as ten of `list()`.
+_texts = cast("Callable[[], list[str]]", list)
+
+
 @dataclass(slots=True)
 class _Fragments:
     id: str | None = None
@@ -167,11 +171,11 @@ class Assembly:
     finish: str | None = None
     model: str = ""
     usage: Mapping[str, Any] | None = None
-    _text: list[str] = field(default_factory=list[str])
-    _reasoning: list[str] = field(default_factory=list[str])
-    _refusal: list[str] = field(default_factory=list[str])
-    _logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
-    _calls: dict[int, _Fragments] = field(default_factory=dict[int, _Fragments])
+    _text: list[str] = field(default_factory=_texts)
+    _reasoning: list[str] = field(default_factory=_texts)
+    _refusal: list[str] = field(default_factory=_texts)
+    _logprobs: list[TokenLogprob] = field(default_factory=cast("Callable[[], list[TokenLogprob]]", list))
+    _calls: dict[int, _Fragments] = field(default_factory=cast("Callable[[], dict[int, _Fragments]]", dict))
 
     def add(self, chunk: Mapping[str, Any]) -> Delta | None:
         """Take one chunk in (or one whole body); the delta that it brings, if it brings one.

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
 import orjson
 
-from asmodel.calls import Call, canonical, describe
+from asmodel.calls import Call, canonical, written_fields
 from asmodel.protocols import Cache, Lockable
 from asmodel.tags import SECRET
 
 _SECRET_AT = hashlib.sha256(b"asmodel fingerprint secret 2").hexdigest()
+
+_LISTED = frozenset(("messages", "texts", "tools"))
 
 _EACH = 48
 """Of a list, so many items have a digest each, and the rest one together: a fingerprint stays small."""
@@ -33,6 +35,8 @@ _REMEMBERED = 1000
 """So many digests of small parts are kept: who answers, each parameter, the draw and the scope are nearly always one of
 a few, and to digest anew is most of what a fingerprint costs. No message is among them.
 """
+
+_NUMBERS = frozenset((float, int, bool))
 
 _PARAMETERS = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "max_tokens", "max_completion_tokens", "logit_bias"}
@@ -58,6 +62,10 @@ class Fingerprints:
         self._keyed: hashlib.blake2b | None = None
         self._small: dict[tuple[str, type, object], tuple[str, str]] = {}
 
+    def at_once(self, call: Call, scope: str) -> dict[str, str] | None:
+        """As `of`, where the secret is known by now; else None."""
+        return None if self._keyed is None else self._made(call, scope, self._keyed, self._by, self._small)
+
     async def of(self, call: Call, scope: str) -> dict[str, str]:
         """The fingerprint of a call: 8 hex digits a part."""
         keyed, by = self._keyed, self._by
@@ -80,7 +88,7 @@ class Fingerprints:
         made = {BY: by}
         for name, value in (*_parts(call), ("scope", scope)):
             kind = type(value)
-            if (kind is str and len(cast("str", value)) <= _SMALL) or value is None or kind in (float, int, bool):
+            if (kind is str and len(cast("str", value)) <= _SMALL) or value is None or kind in _NUMBERS:
                 # By its type too: 1, 1.0 and True are one key of a dictionary.
                 known = small.get((name, kind, value))
                 if known is None:
@@ -133,18 +141,23 @@ def _read(data: bytes | None) -> bytes | None:
         return None
 
 
-def _parts(call: Call) -> Iterator[tuple[str, object]]:
-    for name, value in describe(call).items():
-        if name in ("messages", "texts", "tools"):
+def _parts(call: Call) -> list[tuple[str, object]]:
+    parts: list[tuple[str, object]] = [("kind", call.kind)]
+    for name in written_fields(call):
+        value: Any = getattr(call, name)
+        if name in _LISTED:
             items = cast("Sequence[Any]", value)
-            yield from ((f"{name}.{place}", item) for place, item in enumerate(items[:_EACH]))
+            for place, item in enumerate(items[:_EACH]):
+                parts.append((f"{name}.{place}", item.wire() if name == "messages" else item))
             if len(items) > _EACH:
-                yield f"{name}.{_EACH}-", items[_EACH:]
+                rest = items[_EACH:]
+                parts.append((f"{name}.{_EACH}-", [m.wire() for m in rest] if name == "messages" else rest))
         elif name == "params":
             for parameter, given in cast("Mapping[str, Any]", value).items():
-                yield ("params." if parameter in _PARAMETERS else _OWN) + parameter, given
+                parts.append((("params." if parameter in _PARAMETERS else _OWN) + parameter, given))
         else:
-            yield name, value
+            parts.append((name, value))
+    return parts
 
 
 def read(data: object) -> dict[str, str] | None:

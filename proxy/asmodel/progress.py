@@ -60,27 +60,28 @@ class Progress:
             count = self._counts[part, step] = _Count()
         return count
 
-    def _changed(self, count: _Count) -> None:
+    def started(self, step: str) -> None:
+        count = self._count(step)
+        count.started += 1
         count.changes += 1
         if self.on_change is not None:
             self.on_change()
 
-    def started(self, step: str) -> None:
-        count = self._count(step)
-        count.started += 1
-        self._changed(count)
-
     def asked_again(self, step: str) -> None:
         count = self._count(step)
         count.again += 1
-        self._changed(count)
+        count.changes += 1
+        if self.on_change is not None:
+            self.on_change()
 
     def finished(self, step: str, source: Source) -> None:
         count = self._count(step)
         count.done += 1
         count.cached += source == "hit"
         self.answered = True
-        self._changed(count)
+        count.changes += 1
+        if self.on_change is not None:
+            self.on_change()
 
     def next_line(self, told: Told | None = None) -> str | None:
         """The line that has waited longest to be told, as it stands now; None where all has been told.

@@ -49,6 +49,18 @@ class Cache(Protocol):
         ...
 
 
+@runtime_checkable
+class Recalling(Protocol):
+    """A store that has in memory what was lately used of it."""
+
+    def recall(self, key: str) -> bytes | None:
+        """What `get` would give, where that can be told at once. None tells nothing: then `get` has to be asked.
+
+        As long as nobody has changed the entry, it gives the very same object each time.
+        """
+        ...
+
+
 class Offering(Protocol):
     """What a tool of the settings is made of: something, perhaps with a life (`Openable`), that offers a tool."""
 

@@ -64,6 +64,7 @@ from asmodel.errors import (
     StepError,
     Unsupported,
 )
+from asmodel.frozen import quickly_made
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.programs import Answer, Out, ParamsT, Program
 from asmodel.progress import Progress
@@ -87,6 +88,9 @@ DEPTH = 16
 _SHOWN_OF_A_REPLY = 200
 """Characters of an unreadable reply that its StepError shows."""
 
+_AGREED = 64
+"""Steps whose terms are kept for their next call in the run."""
+
 _GRACE = 0.5
 """Seconds after its deadline at which a run is stopped whatever it is doing. A step ends at the deadline itself, so the
 program has this long to say what it has got."""
@@ -101,6 +105,7 @@ _COMPLETION_HINTS = frozenset(
 log = logging.getLogger("asmodel.run")
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What was asked, as far as a program or its reply step may know it."""
@@ -218,7 +223,12 @@ class Run(Generic[ParamsT]):
         self._journal = journal
         self._plan = plan
         self._witness = witness
+        self._drawn: dict[int, int] = {}
+        """How often each sampled call has been made, by the hash of its `body`."""
         self._draws: Counter[bytes] = Counter()
+        """The same of nested programs, and of effects."""
+        self._agreed: dict[Step[..., Any, Any], Terms] = {}
+        """The terms of a step are the same for all of its calls in the run that are not streamed."""
         self._tools: dict[str, Tool[..., Any]] = {}
         self._best: str | Answer | None = None
         self._replying = False
@@ -274,8 +284,11 @@ class Run(Generic[ParamsT]):
         """
         if isinstance(thing, Step):
             asked = cast("Step[..., Any, Any]", thing)
-            self._remember(asked)
-            return (await self._ask(asked, self._call(asked, args, kwargs), asks=asked.asks, emit=None))[0]
+            if "tools" in asked.options:
+                self._remember(asked)
+            upstream = self._cast.play(asked.role)
+            call = self._call(asked, upstream, args, kwargs)
+            return (await self._ask(asked, upstream, call, asks=asked.asks, emit=None))[0]
         if isinstance(thing, Program):
             return (await self._nest(cast("Any", thing), *args, emit=None))[1]
         if isinstance(thing, Tool):
@@ -312,7 +325,8 @@ class Run(Generic[ParamsT]):
                 "the step cannot have returns=; make it with `await run(...)`, and return what you make of it"
             )
         self._remember(step)
-        call = self._hint(self._call(step, args, kwargs))
+        upstream = self._cast.play(step.role)
+        call = self._hint(self._call(step, upstream, args, kwargs))
         if emit is not None and step.options.get("tools"):
             emit = None  # Held: text before a tool call must not leave until it is known that none follows.
         asks = 1
@@ -320,7 +334,7 @@ class Run(Generic[ParamsT]):
         if check is not None:
             # Held too, until it is known to fit; and if it does not, it is asked for once more.
             emit, asks, step = None, 2, replace(step, reader=check)
-        value, self.replied = await self._ask(step, call, asks=asks, emit=emit)
+        value, self.replied = await self._ask(step, upstream, call, asks=asks, emit=emit)
         return cast("str", value)
 
     async def _leaving(self, delta: Delta) -> None:
@@ -384,7 +398,7 @@ class Run(Generic[ParamsT]):
     async def size(self, step: Step[P, Any, Any], /, *args: P.args, **kwargs: P.kwargs) -> Size:
         """How many tokens the step would show, against the context of the upstream that plays its role."""
         upstream = self._cast.play(step.role)
-        call = self._call(step, args, kwargs)
+        call = self._call(step, upstream, args, kwargs)
         if isinstance(call, Chat):
             text = "\n".join(f"{m.role}\n{m.text}" for m in call.messages)
         elif isinstance(call, Completion):
@@ -405,9 +419,9 @@ class Run(Generic[ParamsT]):
             if self._tools.setdefault(tool.name, tool) is not tool:
                 raise ProgramError(f'program "{self.program.name}" has two tools named "{tool.name}"; rename one')
 
-    def _call(self, step: Step[..., Any, Any], args: Any, kwargs: Any) -> Call:
+    def _call(self, step: Step[..., Any, Any], upstream: Upstream, args: Any, kwargs: Any) -> Call:
         try:
-            call = step.call(step.show(*args, **kwargs), self._cast.play(step.role).identity)
+            call = step.call(step.show(*args, **kwargs), upstream.identity)
             return call if self._witness is None else self._witness.showing(self.program.name, step.name, call)
         except ProgramError as error:
             raise ProgramError(f'program "{self.program.name}": {error}') from error
@@ -450,11 +464,24 @@ class Run(Generic[ParamsT]):
         if sample is not None:
             return replace(call, draw=f"{self._path}/{sample}")
         written = body(call)
-        digest = hashlib.sha256(written).digest()
-        self._draws[digest] += 1
-        return drawn(call, written, f"{self._path}/{self._draws[digest] - 1}")
+        # By Python's own keyed hash, in a third of the time of SHA-256: were two of its 64 bits ever equal in one run,
+        # the second would only have a draw of another number.
+        equal = hash(written)
+        number = self._drawn.get(equal, 0)
+        self._drawn[equal] = number + 1
+        return drawn(call, written, f"{self._path}/{number}")
 
     def _terms(self, step: Step[..., Any, Any], emit: Emit | None) -> Terms:
+        if emit is not None:
+            return self._agree(step, emit)
+        terms = self._agreed.get(step)
+        if terms is None:
+            if len(self._agreed) >= _AGREED:
+                self._agreed.clear()  # `using` makes a step of its own each time.
+            terms = self._agreed[step] = self._agree(step, None)
+        return terms
+
+    def _agree(self, step: Step[..., Any, Any], emit: Emit | None) -> Terms:
         policy = self._cache
         if not step.options.get("cache", True):
             policy = replace(policy, mode="off")
@@ -473,60 +500,59 @@ class Run(Generic[ParamsT]):
             depth=self.depth,
             now=self.now,
             shared_prefix=step.options.get("shared_prefix", False),
-            accept=step.read,
+            # Text is text: a step that takes it as it comes can refuse none.
+            accept=None if step.plain else step.read,
         )
 
-    async def _ask(self, step: Step[..., Any, R], call: Call, *, asks: int, emit: Emit | None) -> tuple[R, Reply]:
+    async def _ask(
+        self, step: Step[..., Any, R], upstream: Upstream, call: Call, *, asks: int, emit: Emit | None
+    ) -> tuple[R, Reply]:
         try:
-            return await self._send(step, call, asks=asks, emit=emit)
+            first = call = self._draw(call, step.options.get("sample"))
+            terms = self._terms(step, emit)
+            draw = call.draw if isinstance(call, (Chat, Completion)) else None
+            self._progress.started(step.name)
+            with (
+                tracing.step_span(step.name, program=self.program.name, kind=call.kind, draw=draw) as span,
+                self.meter.step(self.program.name, step.name) as timing,
+            ):
+                for ask in range(1, asks + 1):
+                    if self._witness is None:
+                        reply = await upstream.send(call, terms)
+                    else:
+                        reply = await self._witness.send(step.role, upstream, call, terms)
+                    try:
+                        value = step.reader(reply)
+                    except ValueError as error:
+                        if ask == asks or call.kind == "score":
+                            tracing.record_step(span, reply, asks=ask, call=call, cache=terms.cache.mode)
+                            raise self._unreadable(step, reply, str(error), ask) from error
+                        self._progress.asked_again(step.name)
+                        self.meter.asked_again(self.program.name, step.name)
+                        call = asked_again(call, reply, str(error))
+                        continue
+                    except AsmodelError:
+                        raise
+                    except Exception as error:
+                        raise self._fault(error, f'the reader of step "{step.name}"') from error
+                    if ask > 1 and isinstance(upstream, Cached):
+                        # One step, one entry: the next run that makes this step is not to go the same long way.
+                        await upstream.keep(first, reply, terms)
+                    self.budget.steps += 1
+                    if reply.source == "hit":
+                        self.budget.hits += 1
+                        self.budget.saved += reply.usage
+                    elif reply.source == "joined":
+                        self.budget.joined += 1
+                    tracing.record_step(span, reply, asks=ask, cache=terms.cache.mode, call=call)
+                    timing.replied(reply, cache=terms.cache.mode)
+                    self._progress.finished(step.name, reply.source)
+                    return value, reply
+            raise AssertionError("unreachable: a step is asked at least once")
         except NotJSON as error:
             raise ProgramError(
                 f'program "{self.program.name}": step "{step.name}" shows what JSON cannot carry: {error}'
             ) from None
-
-    async def _send(self, step: Step[..., Any, R], call: Call, *, asks: int, emit: Emit | None) -> tuple[R, Reply]:
-        upstream = self._cast.play(step.role)
-        first = call = self._draw(call, step.options.get("sample"))
-        terms = self._terms(step, emit)
-        draw = call.draw if isinstance(call, (Chat, Completion)) else None
-        self._progress.started(step.name)
-        with (
-            tracing.step_span(step.name, program=self.program.name, kind=call.kind, draw=draw) as span,
-            self.meter.step(self.program.name, step.name) as timing,
-        ):
-            for ask in range(1, asks + 1):
-                if self._witness is None:
-                    reply = await upstream.send(call, terms)
-                else:
-                    reply = await self._witness.send(step.role, upstream, call, terms)
-                try:
-                    value = step.read(reply)
-                except ValueError as error:
-                    if ask == asks or call.kind == "score":
-                        tracing.record_step(span, reply, asks=ask, call=call, cache=terms.cache.mode)
-                        raise self._unreadable(step, reply, str(error), ask) from error
-                    self._progress.asked_again(step.name)
-                    self.meter.asked_again(self.program.name, step.name)
-                    call = asked_again(call, reply, str(error))
-                    continue
-                except AsmodelError:
-                    raise
-                except Exception as error:
-                    raise self._fault(error, f'the reader of step "{step.name}"') from error
-                if ask > 1 and isinstance(upstream, Cached):
-                    # One step, one entry: the next run that makes this step is not to go the same long way.
-                    await upstream.keep(first, reply, terms)
-                self.budget.steps += 1
-                if reply.source == "hit":
-                    self.budget.hits += 1
-                    self.budget.saved += reply.usage
-                elif reply.source == "joined":
-                    self.budget.joined += 1
-                tracing.record_step(span, reply, asks=ask, cache=terms.cache.mode, call=call)
-                timing.replied(reply, cache=terms.cache.mode)
-                self._progress.finished(step.name, reply.source)
-                return value, reply
-        raise AssertionError("unreachable: a step is asked at least once")
 
     def _unreadable(self, step: Step[..., Any, Any], reply: Reply, reason: str, asks: int) -> StepError:
         text = reply.text if len(reply.text) <= _SHOWN_OF_A_REPLY else reply.text[:_SHOWN_OF_A_REPLY] + "…"

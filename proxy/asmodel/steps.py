@@ -26,9 +26,23 @@ from typing import (
     overload,
 )
 
+import orjson
 from typing_extensions import TypeAliasType
 
-from asmodel.calls import JSON, Call, Chat, Completion, LogLikelihood, Message, Reply, Score
+from asmodel.calls import (
+    JSON,
+    Call,
+    Chat,
+    Completion,
+    LogLikelihood,
+    Message,
+    NotJSON,
+    Reply,
+    Score,
+    chat_ending,
+    written_chat,
+    written_with,
+)
 from asmodel.errors import ProgramError
 from asmodel.schemas import Shape
 
@@ -97,6 +111,9 @@ _PARAMS = (
     "frequency_penalty",
     "reasoning_effort",
 )
+
+_SETTLED = frozenset((str, int, float, bool, type(None)))
+"""Types of parameters that cannot be changed from inside, as a list of stop sequences can."""
 
 Kind: TypeAlias = Literal["ask", "score"]
 
@@ -173,13 +190,36 @@ class Step(Generic[P, S, R]):
             raise ProgramError(
                 f'step "{self.name}" returns {_name(shown)}; it should return text, messages or a Prompt'
             )
-        return Chat(
+        call = Chat(
             identity=identity,
             messages=messages,
             params=self.params,
             schema=self.shape.schema if self.shape else None,
-            tools=tuple(tool.wire() for tool in self.options.get("tools", ())),
+            tools=self._wired,
         )
+        ending = self._ending
+        if ending is not None:
+            try:
+                written = written_chat(None, identity, messages, ending)
+            except orjson.JSONEncodeError:
+                written = None  # Whoever asks for its `body` is told why.
+            if written is not None:
+                written_with(call, written)
+        return call
+
+    @cached_property
+    def _wired(self) -> tuple[Mapping[str, JSON], ...]:
+        return tuple(tool.wire() for tool in self.options.get("tools", ()))
+
+    @cached_property
+    def _ending(self) -> bytes | None:
+        """What stands after the messages in each of its calls as they are written; None where that may change yet."""
+        if not all(type(value) in _SETTLED for value in self.params.values()):
+            return None
+        try:
+            return chat_ending(self.params, self.shape.schema if self.shape else None, self._wired)
+        except NotJSON:
+            return None
 
     def read(self, reply: Reply) -> R:
         """The reply as the step's value. Raises ValueError with the reason where it cannot be read."""

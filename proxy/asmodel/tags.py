@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 SECRET = "#secret"
 JOURNAL = "#effects"
@@ -29,6 +30,7 @@ class Tag:
         return f"{self.program}/{self.step}" + (f"#{self.scope}" if self.scope else "")
 
 
+@lru_cache(maxsize=1024)
 def tag(program: str, step: str, scope: str = "") -> str:
     return str(Tag(program, step, scope_digest(scope)))
 

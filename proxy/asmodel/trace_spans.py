@@ -17,15 +17,18 @@ import os
 import random
 import traceback
 from collections.abc import Callable, Generator, Mapping, MutableSequence, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from time import time_ns
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 if TYPE_CHECKING:
+    from contextvars import Token
     from types import TracebackType
 
     from opentelemetry.context import Context
@@ -39,6 +42,35 @@ FORCED = otel_context.create_key("asmodel-forced")
 # The API has no name for it, and to ask by its functions costs more than all the rest of a span.
 CURRENT: str = next(iter(trace.set_span_in_context(trace.INVALID_SPAN, otel_context.Context())))
 """Under which key a context holds the current span."""
+
+
+class _Asked:
+    """Where OpenTelemetry keeps contexts as it was told to: its functions, by the names of a variable's methods."""
+
+    get = staticmethod(otel_context.get_current)
+    set = staticmethod(otel_context.attach)
+    reset = staticmethod(otel_context.detach)
+
+
+def _current() -> ContextVar[Context] | _Asked:
+    runtime: object = getattr(otel_context, "_RUNTIME_CONTEXT", None)
+    variable: object = getattr(runtime, "_current_context", None)
+    own = type(runtime) is ContextVarsRuntimeContext and isinstance(variable, ContextVar)
+    return cast("ContextVar[Context]", variable) if own else _Asked()
+
+
+current = _current()
+"""The current context. As a rule OpenTelemetry's own variable, which its functions ask through two more of Python."""
+
+
+def leave(token: Token[Context]) -> None:
+    """Make the context current again that was so before `current.set` gave this token."""
+    try:
+        current.reset(token)
+    except ValueError:
+        # A generator that was closed by another task: OpenTelemetry logs that, and goes on.
+        otel_context.detach(token)
+
 
 SAMPLED = 0x01
 RANDOM = 0x02

@@ -42,7 +42,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from asmodel.calls import CacheMode, Call, Chat, Message, Origin, Reply, Score, ToolCall
 from asmodel.errors import AsmodelError
 from asmodel.trace_content import LIMIT, Content, Redactor
-from asmodel.trace_spans import CURRENT, FORCED, Identified, Recorded, RecorderTracer, remote
+from asmodel.trace_spans import CURRENT, FORCED, Identified, Recorded, RecorderTracer, current, leave, remote
 
 if TYPE_CHECKING:
     from contextvars import Token
@@ -295,25 +295,25 @@ class _Active(AbstractContextManager[Span]):
     def __enter__(self) -> Span:
         tracer = _tracer if _tracer is not None else _global_tracer()
         if type(tracer) is RecorderTracer:
-            parent = otel_context.get_current() if self._parent is None else self._parent
+            parent = current.get() if self._parent is None else self._parent
             ours = self._span = tracer.begin(self._name, self._kind, self._attributes, parent)
             # Nearly always nothing else is in the context, and then there is nothing to be copied.
             alone = not parent or (len(parent) == 1 and CURRENT in parent)
             context = Context({CURRENT: ours}) if alone else trace.set_span_in_context(ours, parent)
-            self._token = otel_context.attach(context)
+            self._token = current.set(context)
             return ours
         span = tracer.start_span(self._name, self._parent, self._kind, self._attributes)
         self._span = span
         # A span that is not sampled must be current too, or its children would begin traces of their own.
         valid = span.get_span_context().is_valid
-        self._token = otel_context.attach(trace.set_span_in_context(span, self._parent)) if valid else None
+        self._token = current.set(trace.set_span_in_context(span, self._parent)) if valid else None
         return span
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         if self._token is not None:
-            otel_context.detach(self._token)
+            leave(self._token)
         if error is not None:
             record_error(self._span, error)
         self._span.end()
@@ -650,7 +650,7 @@ class waiting(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         # Which span that is can be asked later: most waits are over before they are worth it.
-        self._context = otel_context.get_current()
+        self._context = current.get()
         self._began = time.monotonic()
 
     def __exit__(
@@ -659,6 +659,14 @@ class waiting(AbstractContextManager[None]):
         seconds = time.monotonic() - self._began
         if seconds >= WAIT_LEAST:
             record_wait(trace.get_current_span(self._context), self._name, seconds)
+
+
+def record_waited(name: str, began: float) -> None:
+    """A wait since `began`, of the monotonic clock, is over: as `waiting` around it, where the current span is still
+    the one that it began with."""
+    seconds = time.monotonic() - began
+    if seconds >= WAIT_LEAST:
+        record_wait(trace.get_current_span(), name, seconds)
 
 
 def tool_span(

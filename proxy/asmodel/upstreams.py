@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from opentelemetry import trace
 
@@ -35,10 +35,13 @@ from asmodel.errors import (
 )
 from asmodel.fingerprint import Fingerprint, Fingerprints
 from asmodel.meter import UNMEASURED, Meter
-from asmodel.protocols import Cache, Counting, Detecting, Lockable, Openable, Upstream
+from asmodel.protocols import Cache, Counting, Detecting, Lockable, Openable, Recalling, Upstream
 from asmodel.tags import tag
 from asmodel.timeouts import Bounds
 from asmodel.turns import Turns
+
+READINGS = 4_000_000
+"""Bytes of stored replies that an upstream's cache keeps as they were read; in memory, about three times as much."""
 
 log = logging.getLogger("asmodel.upstream")
 
@@ -97,20 +100,25 @@ class Layer:
             await self._inner.close()
 
 
-@dataclass(slots=True, eq=False)
 class _Flight:
     """One purchase, shared by all who want it at the same moment; each reads it at its own pace."""
 
-    key: str
-    task: asyncio.Task[Reply] | None = None
-    waiters: int = 0
-    deltas: list[Delta] = field(default_factory=list[Delta])
-    ahead: bool = True
-    """Its purchase is counted already, and nothing has been sent yet."""
-    arrived: bool = False
-    """The reply is here and only its storing is left: too late to cancel, it would be paid for and lost."""
-    accepts: list[Terms] = field(default_factory=list[Terms])
-    sleepers: list[asyncio.Future[None]] = field(default_factory=list[asyncio.Future[None]])
+    __slots__ = ("accepts", "ahead", "arrived", "deltas", "key", "parts", "sleepers", "task", "waiters")
+
+    def __init__(self, key: str, terms: Terms) -> None:
+        self.key = key
+        self.task: asyncio.Task[Reply] | None = None
+        self.waiters = 0
+        self.deltas: list[Delta] = []
+        self.ahead = True
+        """Its purchase is counted already, and nothing has been sent yet."""
+        self.arrived = False
+        """The reply is here and only its storing is left: too late to cancel, it would be paid for and lost."""
+        self.accepts = [terms]
+        """The terms of all who want it; first of who began it."""
+        self.sleepers: list[asyncio.Future[None]] = []
+        self.parts: Fingerprint | None = None
+        """The fingerprint of the call, once it has been made."""
 
     async def add(self, delta: Delta) -> None:
         self.deltas.append(delta)
@@ -187,6 +195,8 @@ class Cached(Layer):
         self._cache = cache
         store: object = cache
         self._leases = store if isinstance(store, Lockable) else None
+        self._recalling = store if isinstance(store, Recalling) else None
+        self._readings = Readings()
         self._flights = Flights() if flights is None else flights
         self._fingerprints = Fingerprints(cache)
 
@@ -198,8 +208,19 @@ class Cached(Layer):
         k = key(call, terms.scope)
         flight = self._flights.flying.get(k)
         if flight is None and terms.cache.mode in ("on", "only"):
-            with tracing.waiting("cache.lookup"):
-                hit = await self._look_up(k, terms)
+            hit = None
+            began = time.perf_counter()
+            known = None if self._recalling is None else self._recalling.recall(k)
+            if known is not None:
+                # Nothing was awaited, so nothing can have changed since: `_look_up` would come to the same.
+                self._meter.stored("get", time.perf_counter() - began)
+                hit = self._usable(k, known, terms)
+            else:
+                came = time.monotonic()
+                try:
+                    hit = await self._look_up(k, terms)
+                finally:
+                    tracing.record_waited("cache.lookup", came)
             if hit is not None:
                 if terms.emit is not None:
                     await replay(hit, terms.emit)
@@ -214,16 +235,18 @@ class Cached(Layer):
                 reply = await self._bounded(self._wait(flight, terms), terms)
             self._meter.joined(self.name, time.monotonic() - came)
             return reply.named("joined")
+        if terms.deadline is None:
+            return await self._lead(k, call, terms)
         return await self._bounded(self._lead(k, call, terms), terms)
 
     async def keep(self, call: Call, reply: Reply, terms: Terms) -> None:
         """Store the reply as the answer to `call`, which its step got only by asking again."""
         if terms.cache.mode in ("on", "refresh"):
-            await self._store(key(call, terms.scope), reply, [terms], await self._parts(call, terms))
+            await self._store(key(call, terms.scope), reply, [terms], await self._parts(None, call, terms))
 
     async def _lead(self, k: str, call: Call, terms: Terms) -> Reply:
         _admit(terms)
-        flight = self._flights.flying[k] = _Flight(k, accepts=[terms])
+        flight = self._flights.flying[k] = _Flight(k, terms)
         inner = terms
         if terms.emit is not None or terms.deadline is not None:
             inner = replace(terms, emit=flight.add if terms.emit else None, deadline=None)
@@ -265,17 +288,21 @@ class Cached(Layer):
         asked = time.perf_counter()
         data = await self._cache.get(k)
         self._meter.stored("get", time.perf_counter() - asked)
-        if data is None:
-            return None
+        return None if data is None else self._usable(k, data, terms)
+
+    def _usable(self, k: str, data: bytes, terms: Terms) -> Reply | None:
+        """What is stored, where it can be read and is not too old, and its step accepts it."""
         try:
-            reply = Reply.load(data)
+            reply = self._readings.of(k, data)
         except ValueError:
             log.warning("a stored reply of %s/%s cannot be read and counts as a miss", terms.program, terms.step)
             return None
-        ages = [age for age in (terms.cache.max_age, terms.cache.ttl) if age is not None]
-        if ages and time.time() - reply.bought_at > min(ages):
-            return None
-        return reply if _accepted(reply, terms) else None
+        policy = terms.cache
+        if policy.max_age is not None or policy.ttl is not None:
+            oldest = min(age for age in (policy.max_age, policy.ttl) if age is not None)
+            if time.time() - reply.bought_at > oldest:
+                return None
+        return reply if terms.accept is None or _accepted(reply, terms) else None
 
     async def _fly(self, flight: _Flight, call: Call, terms: Terms) -> Reply:
         try:
@@ -310,17 +337,28 @@ class Cached(Layer):
 
     async def _buy(self, flight: _Flight, call: Call, terms: Terms) -> Reply:
         flight.ahead = False
+        # As soon as it has been sent, when this would do nothing but wait.
+        asyncio.get_running_loop().call_soon(self._prepare, flight, call, terms)
         reply = await self._inner.send(call, terms)
         flight.arrived = True
-        parts = await self._parts(call, terms)
-        with tracing.waiting("cache.store"):
+        parts = await self._parts(flight, call, terms)
+        came = time.monotonic()
+        try:
             await self._store(flight.key, reply, flight.accepts, parts)
+        finally:
+            tracing.record_waited("cache.store", came)
         return reply
 
-    async def _parts(self, call: Call, terms: Terms) -> Fingerprint | None:
+    def _prepare(self, flight: _Flight, call: Call, terms: Terms) -> None:
+        if not flight.arrived:
+            flight.parts = self._fingerprints.at_once(call, terms.scope)
+
+    async def _parts(self, flight: _Flight | None, call: Call, terms: Terms) -> Fingerprint | None:
         """What tells later why this was bought; also on the span of the step."""
         try:
-            parts = await self._fingerprints.of(call, terms.scope)
+            parts = None if flight is None else flight.parts
+            if parts is None:
+                parts = await self._fingerprints.of(call, terms.scope)
         except Exception as error:  # Of the store, which may be anybody's; the reply has been paid for.
             log.info("a call of %s/%s has no fingerprint: %s", terms.program, terms.step, type(error).__name__)
             return None
@@ -328,8 +366,12 @@ class Cached(Layer):
         return parts
 
     async def _store(self, k: str, reply: Reply, readers: Sequence[Terms], parts: Fingerprint | None) -> None:
-        reader = next((terms for terms in readers if _accepted(reply, terms)), None)
-        if reader is None or self._cache is None:
+        for reader in readers:
+            if _accepted(reply, reader):
+                break
+        else:
+            return
+        if self._cache is None:
             return
         try:
             data = reply.dump(parts)
@@ -375,6 +417,37 @@ class Cached(Layer):
                 # Nor may it be joined by somebody who comes before it has ended.
                 self._flights.landed(flight)
             del task
+
+
+class Readings:
+    """What was lately read from stored bytes, by these bytes themselves: a store that has them in memory gives the same
+    object each time, and of the same bytes, which cannot change, the same reply is read, which cannot change either.
+    """
+
+    def __init__(self, limit: int = READINGS) -> None:
+        self.limit = limit
+        self.used = 0
+        """Bytes that are known; at most `limit`."""
+        self._known: dict[str, tuple[bytes, Reply]] = {}
+        """By the key that they are stored under; who was there first leaves first."""
+
+    def of(self, k: str, data: bytes) -> Reply:
+        """`Reply.load(data)`."""
+        known = self._known.get(k)
+        if known is not None and known[0] is data:
+            return known[1]
+        reply = Reply.load(data)
+        if known is not None:
+            del self._known[k]
+            self.used -= len(known[0])
+        # Numbers take many times the room of their text.
+        if not reply.logprobs and not reply.embeddings and len(data) <= self.limit // 16:
+            self._known[k] = data, reply
+            self.used += len(data)
+            while self.used > self.limit:
+                gone = next(iter(self._known))
+                self.used -= len(self._known.pop(gone)[0])
+        return reply
 
 
 def _asking(terms: Terms) -> AbstractContextManager[object]:
@@ -458,6 +531,8 @@ class Routed(Layer):
 class _Watch:
     """Passes deltas on, and remembers that one has left: after that a call is never made again."""
 
+    __slots__ = ("_emit", "first")
+
     def __init__(self, emit: Emit | None) -> None:
         self._emit = emit
         self.first: float | None = None
@@ -520,9 +595,8 @@ class Metered(Layer):
         return self._name
 
     async def send(self, call: Call, terms: Terms) -> Reply:
-        watch = _Watch(terms.emit)
+        watch = None if terms.emit is None else _Watch(terms.emit)
         started, clock = time.time(), time.monotonic()
-        stream = terms.emit is not None
         with (
             tracing.call_span(
                 call,
@@ -530,15 +604,14 @@ class Metered(Layer):
                 provider=self._provider,
                 model=self._model,
                 address=self._address,
-                stream=stream,
+                stream=watch is not None,
             ) as span,
             self._meter.call(self._name, kind=call.kind, program=terms.program) as timing,
         ):
             with _asking(terms):
-                reply = await self._inner.send(call, replace(terms, emit=watch.emit) if stream else terms)
+                reply = await self._inner.send(call, terms if watch is None else replace(terms, emit=watch.emit))
             seconds = time.monotonic() - clock
-            reply = replace(
-                reply,
+            reply = reply.paid(
                 upstream=self._name,
                 model=reply.model or self._model,
                 cost=self._price.of(reply.usage) if self._price else reply.cost,
@@ -549,7 +622,7 @@ class Metered(Layer):
             if terms.budget is not None:
                 terms.budget.charge(reply.usage, reply.cost)
             self._meter.bought(self._name, terms.program, reply.usage, reply.cost)
-            first = None if watch.first is None else watch.first - clock
+            first = None if watch is None or watch.first is None else watch.first - clock
             tracing.record_reply(span, reply, first_delta=first, call=call)
             timing.replied(reply, first_chunk=first)
             return reply
