@@ -488,17 +488,21 @@ async def test_a_client_that_leaves_is_told_of_alike(ways: Ways, body: dict[str,
     same(*await both(ways, request(body), [Said(kind=kind, hangs=True)], leaves=True))
 
 
-async def test_a_call_that_takes_too_long_is_told_of_alike(tmp_path: Path) -> None:
-    late = {
-        "whole": (request(ASKED), [Said(hangs=True)]),
-        "late, then in time": (request(ASKED), [Said(hangs=True), whole("hello")]),
-        "never begun": (request(STREAMED), [Said(kind="text/event-stream", hangs=True)]),
-        "begun, and not finished": (request(STREAMED), [stream(*TEXT[:2], done=False, hangs=True)]),
-    }
-    async with served(tmp_path, timeout=0.3, first_byte_timeout=0.15, retries=1) as ways:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("random.random", lambda: 0.0)
-            await of_each(ways, late)
+@pytest.mark.parametrize(
+    ("bounds", "asked", "script"),
+    [
+        ({"timeout": 0.2, "retries": 0}, ASKED, [Said(hangs=True)]),
+        ({"timeout": 1.0, "retries": 1}, ASKED, [Said(hangs=True), whole("hello")]),
+        ({"first_byte_timeout": 0.2, "retries": 0}, STREAMED, [Said(kind="text/event-stream", hangs=True)]),
+        ({"timeout": 1.0, "retries": 0}, STREAMED, [stream(*TEXT[:2], done=False, hangs=True)]),
+    ],
+    ids=["not finished", "finished when asked again", "not begun", "begun and not finished"],
+)
+async def test_a_call_that_takes_too_long_is_told_of_alike(
+    tmp_path: Path, bounds: dict[str, Any], asked: dict[str, Any], script: list[Said]
+) -> None:
+    async with served(tmp_path, **bounds) as ways:
+        same(*await both(ways, request(asked), script))
 
 
 async def test_a_price_is_charged_alike(tmp_path: Path) -> None:
