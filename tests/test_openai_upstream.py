@@ -927,7 +927,7 @@ def test_a_stream_that_is_passed_on_shows_the_same_events_however_it_is_cut(
             raise UpstreamUnavailable("oom")
 
     async def run() -> bool:
-        taking = Stream(Terms(verbatim=verbatim, usage_asked=usage_asked), heard, fail)
+        taking = Stream(verbatim, usage_asked, heard, fail)
         try:
             for start, end in pairwise([0, *cuts, len(stream)]):
                 if end > start and not taking.done:

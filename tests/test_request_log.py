@@ -70,6 +70,53 @@ def test_a_request_is_one_line_for_people() -> None:
     assert second[8:] == " POST /v1/chat/completions - 404 model_not_found 1ms"
 
 
+def test_a_server_s_own_handler_is_given_the_line_without_a_record_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(request_log.log, "level", logging.INFO)
+    handled: list[logging.LogRecord] = []
+    handle = request_log.log.handle
+    monkeypatch.setattr(request_log.log, "handle", lambda record: (handled.append(record), handle(record)))
+    written: list[str] = []
+    for others in (0, 1):
+        out = io.StringIO()
+        ours = request_log.handler("console")
+        assert isinstance(ours, request_log.Handler)
+        ours.setStream(out)
+        root.handlers = [ours, *[logging.NullHandler()] * others]
+        for line in (LINE, BARE):
+            request_log.write(line)
+        written.append(out.getvalue().partition(" ")[2])
+        assert len(handled) == 2 * others
+    assert written[0].split(" ")[:5] == written[1].split(" ")[:5]
+    assert [one.count("\n") for one in written] == [2, 2]
+    assert str(LINE) in written[0]
+    assert str(LINE) in written[1]
+
+
+def test_who_listens_to_the_lines_besides_hears_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    ours = request_log.handler("console")
+    assert isinstance(ours, request_log.Handler)
+    ours.setStream(io.StringIO())
+    monkeypatch.setattr(root, "handlers", [ours])
+    heard: list[logging.LogRecord] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record)
+
+    monkeypatch.setattr(request_log.log, "level", logging.INFO)
+    above = logging.getLogger("asmodel")
+    ear = Ear()
+    above.addHandler(ear)
+    try:
+        request_log.write(LINE)
+    finally:
+        above.removeHandler(ear)
+    assert [str(record.args[0]) for record in heard if record.args] == [str(LINE)]
+
+
 def test_as_json_a_request_has_a_field_for_each_thing() -> None:
     with logging_to("json") as out:
         request_log.write(LINE)

@@ -88,6 +88,10 @@ class Response(Protocol):
         """Whether all of the body has been read."""
         ...
 
+    def whole_body(self) -> bytes | None:
+        """All of the body, where it has come and needs no more than to be taken; else it is read block by block."""
+        ...
+
     async def block(self) -> bytes:
         """What has come of the body since the last block; empty at its end. Raises Cut, and Encoded."""
         ...
@@ -197,12 +201,16 @@ class _Reading:
 
     async def begun(self) -> None:
         """Wait for its head."""
-        while not self.status:
+        while not self.status or (self.whole and not self.complete and self.size < BUFFERED):
             if self.error is not None:
+                if self.status:
+                    break
                 raise self.error
-            await self._stirred()
-        while self.whole and not self.complete and self.error is None and self.size < BUFFERED:
-            await self._stirred()
+            # As `_stirred`, without a coroutine more for each call of an upstream.
+            connection = self._connection
+            assert connection is not None
+            waiter = self._waiter = connection.loop.create_future()
+            await waiter
         self.whole = False
 
     @property
@@ -223,6 +231,9 @@ class _Reading:
     @property
     def ended(self) -> bool:
         return self.complete and not self.blocks and not self._held
+
+    def whole_body(self) -> bytes | None:
+        return self._taken() if self.complete and self.blocks and self._decoder is None else None
 
     async def block(self) -> bytes:
         while True:
@@ -541,7 +552,7 @@ class HTTPClient:
         data = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
         for left in (2, 1, 0):
             # The last time on a new one: it cannot have been closed for being idle.
-            connection = await self._connection(fresh=not left)
+            connection = (self._kept() if left else None) or await self._connection(fresh=not left)
             reused = connection.used
             reading = connection.ask(data, whole=whole)
             try:
@@ -562,6 +573,16 @@ class HTTPClient:
         return head
 
     # -- the pool
+
+    def _kept(self) -> _Connection | None:
+        """The newest of the idle, if that can be used: what nearly every request finds, and need not wait for."""
+        if not self._idle or self._closed:
+            return None
+        connection, _ = self._idle.popitem()
+        if connection.alive:
+            return connection
+        self.dropped(connection)
+        return None
 
     async def _connection(self, *, fresh: bool) -> _Connection:
         self._must_be_open()

@@ -88,6 +88,9 @@ class _Answer:
     def ended(self) -> bool:
         return self._response.content.at_eof()
 
+    def whole_body(self) -> bytes | None:
+        return None
+
     async def block(self) -> bytes:
         try:
             return await self._response.content.readany()

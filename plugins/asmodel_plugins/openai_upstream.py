@@ -27,11 +27,13 @@ from asmodel.dialect import (
     error_of,
     finite,
     first_choice,
+    forwarded,
     logprobs_of,
     mapping,
     refusal_of,
     reply_of,
     scrubbed,
+    told_of,
     usage_of,
 )
 from asmodel.errors import (
@@ -45,6 +47,7 @@ from asmodel.errors import (
     UpstreamUnreachable,
 )
 from asmodel.likelihood import PROBE_TOKENS, Trial, continuation_of, echoed, generated_of, prompt_tokens, proven
+from asmodel.protocols import Forwarded, Told
 from asmodel.timeouts import Bounds
 from asmodel_plugins.openai_http import Client, Cut, Encoded, HTTPClient, NotInTime, Response, Unreached, checked
 
@@ -200,50 +203,89 @@ class OpenAIUpstream:
             return await self._score(call)
         if terms.emit is None or isinstance(call, Embed):
             data, body = await self._posted(_ROUTES[call.kind], body_of(call, self._model, n=terms.n))
-            try:
-                reply = reply_of(body, call, upstream=self.name)
-            except ValueError as error:
-                raise self._broken(f"sent an answer that is none: {error}") from error
-            self._look_at_finish(reply.finish)
+            reply = self._reply(body, call)
             if terms.verbatim is not None:
                 await terms.verbatim(data)
             return reply
         return await self._stream(call, terms, terms.emit)
 
+    async def forward(self, request: Forwarded) -> tuple[bytes, Told]:
+        """As `send` with `Terms.verbatim`, of a request that is passed through."""
+        sent = forwarded(request.params, request.messages, self._model)
+        response = await self._asked("/chat/completions", sent, whole=True, resent=request.resent)
+        try:
+            data = response.whole_body() or await self._read(response)
+        finally:
+            response.release()
+        body = self._json(data, response)
+        told = told_of(body)
+        if told is None:
+            told = Told.of(self._reply(body, request.call()))
+        else:
+            self._look_at_finish(told.finish)
+        return data, told
+
+    def _reply(self, body: dict[str, Any], call: Chat | Completion | Embed) -> Reply:
+        try:
+            reply = reply_of(body, call, upstream=self.name)
+        except ValueError as error:
+            raise self._broken(f"sent an answer that is none: {error}") from error
+        self._look_at_finish(reply.finish)
+        return reply
+
+    async def forward_stream(
+        self, request: Forwarded, usage_asked: bool, take: Callable[[bytes], Awaitable[None]], emit: Emit
+    ) -> Told:
+        """As `send` with `Terms.verbatim` and `Terms.emit`, of a request that is passed through."""
+        sent = forwarded(request.params, request.messages, self._model, stream=True)
+        response = await self._asked("/chat/completions", sent, whole=False, resent=request.resent)
+        stream = Stream(take, usage_asked, emit, self._look_for_error)
+        answered = await self._taken(response, stream, request.call)
+        if isinstance(answered, Reply):
+            return Told.of(answered)
+        return answered.told() or Told.of(answered.reply(request.call(), upstream=self.name))
+
     async def _stream(self, call: Chat | Completion, terms: Terms, emit: Emit) -> Reply:
         body = body_of(call, self._model, stream=True, n=terms.n)
         response = await self._asked(_ROUTES[call.kind], body, whole=False)
+        stream = Stream(terms.verbatim, terms.usage_asked, emit, self._look_for_error)
+        answered = await self._taken(response, stream, lambda: call)
+        return answered if isinstance(answered, Reply) else answered.reply(call, upstream=self.name)
+
+    async def _taken(
+        self, response: Response, stream: Stream, call: Callable[[], Chat | Completion]
+    ) -> Reply | Assembly:
+        """Take an answer in as it comes, and release it; a `Reply` where it was no stream."""
         try:
             if "event-stream" in response.content_type:
-                assembly = await self._streamed(response, None, terms, emit)
+                await self._streamed(response, None, stream)
             else:
                 # A server that does not stream answers whole; one that mislabels its stream is told by its first bytes.
                 data = await self._read(response)
                 if not data.lstrip().startswith((b"data:", b"event:", b":")):
-                    return await self._unstreamed(self._json(data, response), call, terms, emit)
-                assembly = await self._streamed(response, data, terms, emit)
+                    return await self._unstreamed(self._json(data, response), call(), stream)
+                await self._streamed(response, data, stream)
         finally:
             response.release()
-        self._look_at_finish(assembly.finish)
-        return assembly.reply(call, upstream=self.name)
+        self._look_at_finish(stream.assembly.finish)
+        return stream.assembly
 
-    async def _unstreamed(self, answer: dict[str, Any], call: Chat | Completion, terms: Terms, emit: Emit) -> Reply:
+    async def _unstreamed(self, answer: dict[str, Any], call: Chat | Completion, stream: Stream) -> Reply:
         try:
             reply = reply_of(answer, call, upstream=self.name)
             delta = Assembly().add(answer)
         except ValueError as error:
             raise self._broken(f"sent an answer that is none: {error}") from error
         self._look_at_finish(reply.finish)
-        if terms.verbatim is not None:
-            for made in _as_chunks(answer, usage=terms.usage_asked):
-                await terms.verbatim(b"data: " + orjson.dumps(made) + b"\n\n")
+        if stream.verbatim is not None:
+            for made in _as_chunks(answer, usage=stream.usage_asked):
+                await stream.verbatim(b"data: " + orjson.dumps(made) + b"\n\n")
         if delta is not None:
-            await emit(delta)
+            await stream.emit(delta)
         return reply
 
-    async def _streamed(self, response: Response, data: bytes | None, terms: Terms, emit: Emit) -> Assembly:
+    async def _streamed(self, response: Response, data: bytes | None, stream: Stream) -> None:
         """Take a stream in as it comes, or one that has come whole as `data`."""
-        stream = Stream(terms, emit, self._look_for_error)
         size = 0
         try:
             while not stream.done:
@@ -262,7 +304,6 @@ class OpenAIUpstream:
             raise self._broken("ended its stream before the answer had an end")
         if not response.ended:
             await self._drain(response)
-        return stream.assembly
 
     async def _drain(self, response: Response) -> None:
         """Take in the end of the body, which is on its way, so that the connection can be used again."""
@@ -428,7 +469,15 @@ class OpenAIUpstream:
             response.release()
         return data, self._json(data, response)
 
-    async def _asked(self, route: str, body: Mapping[str, Any], *, whole: bool, at_root: bool = False) -> Response:
+    async def _asked(
+        self,
+        route: str,
+        body: Mapping[str, Any],
+        *,
+        whole: bool,
+        at_root: bool = False,
+        resent: Callable[[], object] = tracing.record_resent,
+    ) -> Response:
         """A response of status 200, to be released by the caller; anything else is raised.
 
         A server may close an idle connection at the moment that we send on it (llama.cpp's does so after each stream).
@@ -443,7 +492,7 @@ class OpenAIUpstream:
                 orjson.dumps(body),
                 more=tracing.outgoing(self._origin),
                 whole=whole,
-                resent=tracing.record_resent,
+                resent=resent,
             )
         except (Unreached, NotInTime) as error:
             raise self._unreached(error) from error
@@ -547,23 +596,29 @@ class Stream:
     `look_for_error` raises UpstreamError on an event that is one.
     """
 
-    __slots__ = ("_begun", "_emit", "_events", "_look_for_error", "_usage_asked", "_verbatim", "assembly", "done")
+    __slots__ = ("_begun", "_events", "_look_for_error", "assembly", "done", "emit", "usage_asked", "verbatim")
 
-    def __init__(self, terms: Terms, emit: Emit, look_for_error: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        verbatim: Callable[[bytes], Awaitable[None]] | None,
+        usage_asked: bool,
+        emit: Emit,
+        look_for_error: Callable[[Mapping[str, Any]], None],
+    ) -> None:
         self.assembly = Assembly()
         self.done = False
         """Whether it has said that it is."""
         self._look_for_error = look_for_error
-        self._emit = emit
-        self._verbatim = terms.verbatim
-        self._usage_asked = terms.usage_asked
+        self.emit = emit
+        self.verbatim = verbatim
+        self.usage_asked = usage_asked
         self._events = Events(EVENT_LIMIT)
         self._begun = False
 
     async def take(self, block: bytes) -> None:
         """Take a block in; an empty one is the end, which some servers do not write."""
         events = self._events.feed(block) if block else self._events.end()
-        if self._verbatim is None:
+        if self.verbatim is None:
             for data in events:
                 if not data.startswith(b"{") and self._says_nothing(data):
                     continue
@@ -571,15 +626,16 @@ class Stream:
                     break
                 delta = self._added(data)
                 if delta is not None:
-                    await self._emit(delta)
+                    await self.emit(delta)
         else:
-            await self._pass_on(events, block if self._events.plain else b"", self._verbatim)
+            await self._pass_on(events, block if self._events.plain else b"", self.verbatim)
 
     async def _pass_on(self, events: list[bytes], block: bytes, verbatim: Callable[[bytes], Awaitable[None]]) -> None:
         """`block` is the bytes of just these events, where they came as we would write them."""
         shown: list[bytes] = []
         failed: Exception | None = None
         assembly = self.assembly
+        hides = not self.usage_asked
         try:
             for data in events:
                 if not data.startswith(b"{") and self._says_nothing(data):
@@ -587,19 +643,25 @@ class Stream:
                 if self.done:
                     break
                 usage = assembly.usage
-                self._added(data)
+                self._hold(data)
                 # We ask every stream for its usage; a client that did not is not shown the chunk that brings it.
-                if self._usage_asked or assembly.usage is usage or not _is_usage_alone(data):
-                    shown.append(data)
+                if hides and assembly.usage is not usage and _is_usage_alone(data):
+                    continue
+                shown.append(data)
         except (UpstreamError, _Unreadable) as error:
             # What came before it has come all the same.
             failed = error
         if shown:
-            await verbatim(block if block and len(shown) == len(events) else b"".join(map(_framed, shown)))
+            # What is not shown is nearly always at the end: the usage, and that it is the end.
+            if block and shown == events[: len(shown)]:
+                passed = block[: sum(map(len, shown)) + _FRAME * len(shown)]
+            else:
+                passed = b"".join(map(_framed, shown))
+            await verbatim(passed)
             if not self._begun:
                 # Something has left, even if it brought no text: the call is not to be made again.
                 self._begun = True
-                await self._emit(Delta())
+                await self.emit(Delta())
         if failed is not None:
             raise failed
 
@@ -611,6 +673,21 @@ class Stream:
 
     def _added(self, data: bytes) -> Delta | None:
         """Read an event, and what it adds."""
+        chunk = self._read(data)
+        try:
+            return self.assembly.add(chunk)
+        except ValueError as error:
+            raise _Unreadable(str(error)) from error
+
+    def _hold(self, data: bytes) -> None:
+        """Read an event whose bytes are passed on."""
+        chunk = self._read(data)
+        try:
+            self.assembly.hold(chunk)
+        except ValueError as error:
+            raise _Unreadable(str(error)) from error
+
+    def _read(self, data: bytes) -> dict[str, Any]:
         try:
             chunk: Any = orjson.loads(data)
         except orjson.JSONDecodeError:
@@ -619,14 +696,15 @@ class Stream:
             raise _Unreadable("an event is not a JSON object")
         if "error" in chunk:
             self._look_for_error(cast("dict[str, Any]", chunk))
-        try:
-            return self.assembly.add(cast("dict[str, Any]", chunk))
-        except ValueError as error:
-            raise _Unreadable(str(error)) from error
+        return cast("dict[str, Any]", chunk)
 
 
 def _is_usage_alone(data: bytes) -> bool:
     return not orjson.loads(data).get("choices")
+
+
+_FRAME = len(b"data: \n\n")
+"""Bytes around an event that is written plainly."""
 
 
 def _framed(data: bytes) -> bytes:

@@ -52,6 +52,10 @@ class Admitted:
         self._free = frozenset(free)
         self._meter = meter
 
+    def admits(self, size: int) -> bool:
+        """Whether there is room for a request with a body of that size, which is here already."""
+        return self.requests < self._most and size <= SMALL and self.body_bytes + size <= self._most_bytes
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._free:
             await self._app(scope, receive, send)

@@ -32,6 +32,7 @@ from asmodel.measuring import Measured, MetricsPage
 from asmodel.meter import UNMEASURED, Meter
 from asmodel.metrics import Metrics, folder_of_workers, reporting
 from asmodel.models import Models, Preset, ServedProgram
+from asmodel.passing import Passage
 from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
 from asmodel.protocols import Cache, Lasting, Offering, Openable, Upstream
@@ -444,4 +445,7 @@ def create_app(
         largest=limits.body_bytes,
         meter=metrics,
     )
-    return Measured(admitted, metrics, routes)
+    passage = Passage(
+        service, parts.access, admitted, chat, metrics, messages=limits.messages, body_bytes=limits.body_bytes
+    )
+    return Measured(admitted, metrics, routes, passage=passage)

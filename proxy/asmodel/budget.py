@@ -99,10 +99,10 @@ class Budget:
         """Around a call to an upstream, its retries and its time in the queue."""
         return _Asking(self)
 
-    def ask(self) -> None:
-        """An upstream is being waited for, until `asked`."""
+    def ask(self, since: float | None = None) -> None:
+        """An upstream is being waited for, until `asked`; since now, or since that time of the monotonic clock."""
         if self._asking == 0:
-            self._since = time.monotonic()
+            self._since = time.monotonic() if since is None else since
         self._asking += 1
 
     def asked(self) -> None:

@@ -23,14 +23,10 @@ from asmodel.exchange import Exchange, Gone
 from asmodel.gathering import gather
 from asmodel.ids import new_id
 from asmodel.models import Model, ServedProgram
+from asmodel.passing import KEEP_ALIVE_EVERY, OPENS_AFTER, Speaking
 from asmodel.progress import Told
 from asmodel.service import Asked, Job, Outcome, Service, stopping
-from asmodel.timeouts import Timeouts
 
-OPENS_AFTER = 1.0
-"""Seconds until a stream's 200 is sent, if nothing has been answered by then."""
-KEEP_ALIVE_EVERY = 5.0
-"""Seconds of silence in a stream before a comment keeps it alive; proxies cut silence from 60 s on."""
 LINES_A_SECOND = 5
 """How many lines of progress at most."""
 
@@ -103,26 +99,38 @@ class ChatCompletions:
         try:
             outcome = await self._handle(exchange)
             tracing.record_response(span, exchange.status)
-        except Gone:
-            outcome = "left"
+        except (Gone, AsmodelError, asyncio.CancelledError) as error:
+            outcome = self.word(error)
+            await self.end(exchange, span, error)
+        finally:
+            exchange.log(outcome)
+
+    def word(self, error: BaseException) -> str:
+        """For the line of a request that has ended with the error."""
+        if isinstance(error, Gone):
+            return "left"
+        if isinstance(error, AsmodelError):
+            return error.code or "error"
+        return "cut off" if self._service.draining else "ok"
+
+    async def end(self, exchange: Exchange, span: Span, error: BaseException) -> None:
+        """Tell the client, where it is still there, and the span how the request has ended; or raise the error."""
+        if isinstance(error, Gone):
             tracing.record_left(span)
-        except AsmodelError as error:
-            outcome = error.code or "error"
+            return
+        if isinstance(error, AsmodelError):
             if isinstance(error, PayloadTooLarge):
                 self._service.meter.refused("body_bytes")
             tracing.record_response(span, error.status, error)
             await exchange.refuse(error, receipt(exchange, exchange.job, []) if exchange.job else None)
-        except asyncio.CancelledError:
-            if not self._service.draining:
-                raise
-            # The time that running requests had to end is over; their clients are told, and come again.
-            outcome = "cut off"
-            tracing.record_response(span, exchange.status or 503, stopping())
-            tracing.record_error(span, stopping())
-            # Unless it reads nothing, and so cannot be told.
-            await _within(exchange.break_off(stopping()), 1.0)
-        finally:
-            exchange.log(outcome)
+            return
+        if not self._service.draining:
+            raise error
+        # The time that running requests had to end is over; their clients are told, and come again.
+        tracing.record_response(span, exchange.status or 503, stopping())
+        tracing.record_error(span, stopping())
+        # Unless it reads nothing, and so cannot be told.
+        await _within(exchange.break_off(stopping()), 1.0)
 
     async def _handle(self, exchange: Exchange) -> str:
         headers = exchange.headers
@@ -331,93 +339,57 @@ def receipt(exchange: Exchange, job: Job, outcomes: list[Outcome]) -> wire.Json 
     return body
 
 
-class Passing:
+class Passing(Speaking):
     """A stream that is passed through: the upstream's own bytes, as they come.
 
     A client that reads slowly makes its upstream wait, once more than `connections.UNREAD_BYTES` are on their way.
     """
 
-    __slots__ = ("_exchange", "_job", "_opened", "_saying", "_service", "_spoke", "_written")
+    __slots__ = ("_exchange", "_job", "_service")
 
     def __init__(self, exchange: Exchange, service: Service, job: Job) -> None:
+        super().__init__()
         self._exchange = exchange
         self._service = service
         self._job = job
-        self._opened = False
-        self._written = False
-        self._spoke = 0.0
-        self._saying: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        await self._exchange.open_stream()
+
+    async def write(self, data: bytes) -> None:
+        await self._exchange.write(data)
 
     async def run(self) -> str:
         """Write the stream. Raises AsmodelError where nothing has been sent yet."""
         exchange = self._exchange
-        _PASSING.begin(self)
+        self.begin()
         try:
-            outcome = await self._service.answer(self._job, 0, _unheard, self._take)
-            await self._said()
+            outcome = await self._service.answer(self._job, 0, _unheard, self.take)
+            await self.said()
         except AsmodelError as error:
-            await self._said()
-            if not self._opened:
+            await self.said()
+            if not self.opened:
                 raise
             await exchange.write(wire.event(wire.error_body(error)), last=True)
             if exchange.span is not None:
                 tracing.record_error(exchange.span, error)
             return error.code or "error"
         finally:
-            _PASSING.end(self)
-            if self._saying is not None:
-                self._saying.cancel()
+            self.end()
         exchange.when_left(_nothing)
-        if not self._opened:
-            await self._open()
+        if not self.opened:
+            await self.open()
         # Of an upstream that promised its own bytes and gave none, what it answered.
-        data = wire.DONE if self._written else _as_stream(exchange.model, self._job, outcome)
+        data = wire.DONE if self.written else as_stream(exchange.model, self._job, outcome)
         await exchange.write(data, last=True)
         return "ok"
-
-    async def _take(self, data: bytes) -> None:
-        if self._saying is not None:
-            await self._said()
-        if not self._opened:
-            await self._open()
-        self._written = True
-        self._spoke = time.monotonic()
-        await self._exchange.write(data)
-
-    async def _open(self) -> None:
-        self._opened = True
-        await self._exchange.open_stream()
-
-    def look(self) -> None:
-        """Once a second: whether something should be said that is nobody's, so that the client goes on waiting."""
-        if self._opened and time.monotonic() - self._spoke < KEEP_ALIVE_EVERY:
-            _PASSING.begin(self)
-        else:
-            self._saying = asyncio.get_running_loop().create_task(self._say())
-
-    async def _say(self) -> None:
-        self._spoke = time.monotonic()
-        if not self._opened:
-            await self._open()
-        await self._exchange.write(wire.KEEP_ALIVE)
-        self._saying = None
-        _PASSING.begin(self)
-
-    async def _said(self) -> None:
-        """Wait until what is being said has been said: it would come in the middle of what follows."""
-        if self._saying is not None:
-            await asyncio.wait((self._saying,))
-
-
-_PASSING: Timeouts[Passing] = Timeouts(OPENS_AFTER, Passing.look)
-"""The streams that are passed through just now."""
 
 
 async def _unheard(delta: Delta) -> None:
     """Of a stream whose bytes are passed on."""
 
 
-def _as_stream(model: str, job: Job, outcome: Outcome) -> bytes:
+def as_stream(model: str, job: Job, outcome: Outcome) -> bytes:
     """A whole answer as a stream would have brought it."""
     id, created, said = f"chatcmpl-{new_id(96)}", int(time.time()), wire.Said()
     chunks = wire.Chunks(id, created, model, include_usage=job.asked.usage_asked)

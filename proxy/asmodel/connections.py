@@ -46,14 +46,41 @@ class Cycle(RequestResponseCycle):
     _head = b""
     """Of the response, until the first of its body follows."""
 
-    def whole_body(self) -> bytes | None:
-        """The body, if all of it is here and it is small; None where it must be received. For the first to ask."""
+    def look(self) -> bytes | None:
+        """The body, if all of it is here and it is small; None where it must be received. It is not taken by this."""
         if self.more_body or len(self.body) > SMALL or self.waiting_for_100_continue or self.disconnected:
             return None
-        body = bytes(self.body)
+        return bytes(self.body)
+
+    def take(self) -> None:
+        """What was looked at is not to be received any more."""
         self.body = bytearray()
         self.message_event.clear()
+
+    def whole_body(self) -> bytes | None:
+        """The body, as by `look`. For the first to ask."""
+        body = self.look()
+        if body is not None:
+            self.take()
         return body
+
+    async def room(self) -> None:
+        """Wait until what was written before has been taken by the client, or nearly all of it."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+
+    def answer(self, headers: bytes, body: bytes) -> None:
+        """A whole response of status 200 in one write, as `send` makes it of a start and a body.
+
+        `headers` are lines with their ends; the caller has made sure that each is one, and that the length is right.
+        """
+        if self.disconnected:
+            return
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        closes = b"" if self.keep_alive else b"connection: close\r\n"
+        self.transport.write(b"".join((_OK, _lines(self.default_headers), headers, closes, b"\r\n", body)))
+        self._complete()
 
     def when_left(self, left: Callable[[], None] | None) -> None:
         """Call `left` once the client has left, instead of whoever was to be called before."""
@@ -74,6 +101,21 @@ class Cycle(RequestResponseCycle):
         finally:
             # The scope names this object, which names the scope: nothing of a request is to wait for the collector.
             cast("dict[str, Any]", self.scope).pop("extensions", None)
+
+    def begin(self, headers: bytes) -> None:
+        """The start of a response of status 200 whose length is not known, to be written with what comes first."""
+        if self.disconnected:
+            return
+        self.response_started = self.chunked_encoding = True
+        self.waiting_for_100_continue = False
+        closes = b"" if self.keep_alive else b"connection: close\r\n"
+        lines = _OK, _lines(self.default_headers), headers, closes, b"transfer-encoding: chunked\r\n\r\n"
+        self._head = b"".join(lines)
+
+    def go_on(self, body: bytes, *, more: bool) -> None:
+        """What follows of a response that was begun."""
+        if not self.disconnected:
+            self._go_on(body, more=more)
 
     async def send(self, message: ASGISendEvent) -> None:
         if self.flow.write_paused and not self.disconnected:
@@ -137,6 +179,9 @@ class Cycle(RequestResponseCycle):
             return
         if self.expected_content_length:
             raise RuntimeError("a response is shorter than its content-length")
+        self._complete()
+
+    def _complete(self) -> None:
         self.response_complete = True
         self.message_event.set()
         if not self.keep_alive:
@@ -147,6 +192,21 @@ class Cycle(RequestResponseCycle):
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in HTTPStatus if status >= 200
 }
+
+
+_OK = _STATUS_LINES[200] + b"\r\n"
+
+_defaults: tuple[Sequence[tuple[bytes, bytes]], bytes] = ((), b"")
+
+
+def _lines(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """The headers that uvicorn makes, once a second, for all responses, as lines."""
+    global _defaults
+    known, lines = _defaults
+    if known is not headers:
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        _defaults = headers, lines
+    return lines
 
 
 class Connection(HttpToolsProtocol):

@@ -29,7 +29,7 @@ from asmodel.timeouts import Bounds
 if TYPE_CHECKING:
     from types import TracebackType
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 faults = logging.getLogger("asmodel")
 
@@ -171,7 +171,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.started = time.monotonic()
         given = self.headers.get("x-request-id")
-        self.id = given if given is not None and _REQUEST_ID.fullmatch(given) else f"req_{new_id(96)}"
+        self.id = given if given is not None and REQUEST_ID.fullmatch(given) else f"req_{new_id(96)}"
         self.span: Span | None = None
         self.job: Job | None = None
         self.caller = Caller()

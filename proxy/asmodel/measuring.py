@@ -15,6 +15,7 @@ from asmodel.errors import AsmodelError
 from asmodel.exchange import Exchange
 from asmodel.metric_store import OTHER
 from asmodel.metrics import Metrics
+from asmodel.passing import Passage
 
 
 class MetricsPage:
@@ -44,10 +45,16 @@ class MetricsPage:
 
 
 class Measured:
-    """Measures every request of the application inside of it, which answers on `routes`."""
+    """Measures every request of the application inside of it, which answers on `routes`.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route]) -> None:
+    What can go the short way, by `passage`, goes that one, and is measured there.
+    """
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route], *, passage: Passage | None = None
+    ) -> None:
         self._app = app
+        self.passage = passage
         self._metrics = metrics
         self.routes = routes
         paths = [route.path for route in routes]
@@ -63,6 +70,9 @@ class Measured:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if self.passage is not None and (request := self.passage.of(scope)) is not None:
+            await request.run(scope, receive, send)
             return
         metrics, method, scheme = self._metrics, str(scope["method"]), str(scope.get("scheme", "http"))
         started = time.perf_counter()

@@ -347,6 +347,11 @@ class Instrument:
             self._slots[clean] = slot
         return slot
 
+    def place(self, labels: Labels) -> int:
+        """Where among the numbers its series begins, for whoever adds to the same one again and again."""
+        slot = self._slots.get(labels)
+        return self._find(labels) if slot is None else slot
+
     def add(self, labels: Labels, amount: float = 1.0) -> None:
         """Count, of a counter (up only) or a gauge."""
         slot = self._slots.get(labels)
@@ -359,9 +364,13 @@ class Instrument:
         slot = self._slots.get(labels)
         if slot is None:
             slot = self._find(labels)
+        self.observe_at(slot, value)
+
+    def observe_at(self, place: int, value: float) -> None:
+        """The same, of the series at that place."""
         values = self._values
-        values[slot + bisect_left(self._bounds, value)] += 1.0
-        values[slot + self._sum] += value
+        values[place + bisect_left(self._bounds, value)] += 1.0
+        values[place + self._sum] += value
 
     def put(self, labels: Labels, value: float) -> None:
         """What a gauge stands at; of a counter, what this process has counted by itself elsewhere. One thread's."""

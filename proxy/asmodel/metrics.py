@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from asmodel.calls import CacheMode, Reply, Usage
     from asmodel.metric_export import Exporter, MetricExport
+    from asmodel.protocols import Told
 
 OBSERVE_EVERY = 5.0
 """Seconds between two looks at what is not recorded but looked up: memory, files, the troubles of stores."""
@@ -349,6 +350,95 @@ class _CallTiming(Timing):
                 metrics.first_chunk.observe(labels, self._first)
 
 
+class Through:
+    """All that a request that is passed through to one upstream adds to the numbers, where nothing goes wrong.
+
+    It is what `Metrics` would add call by call, at places that are looked up once.
+    """
+
+    __slots__ = ("_at_call", "_at_end", "_labels", "_metrics", "_name", "_request", "_route", "_scheme", "_values")
+
+    def __init__(self, metrics: Metrics, upstream: str, route: str, scheme: str = "http") -> None:
+        self._metrics = metrics
+        self._name = upstream
+        self._route = route
+        self._scheme = scheme
+        self._labels = metrics.labels_of(upstream, "chat")
+        self._values = metrics.numbers.values
+        # Looked up when they are first needed: a series that was never added to is not shown.
+        self._request = -1
+        self._at_call: tuple[int, int] = (-1, -1)
+        self._at_end: tuple[int, ...] = ()
+
+    def began(self) -> None:
+        """A request has come."""
+        if self._request < 0:
+            self._request = self._metrics.requests_active.place(("POST", self._scheme))
+        self._values[self._request] += 1.0
+
+    def called(self, waited: float) -> None:
+        """Its call has got a slot, after `waited` seconds."""
+        active, queue = self._at_call
+        if active < 0:
+            active = self._metrics.calls_active.place((self._name,))
+            queue = self._metrics.queue_seconds.place((self._name,))
+            self._at_call = active, queue
+        self._metrics.queue_seconds.observe_at(queue, waited)
+        self._values[active] += 1.0
+
+    def left(self) -> None:
+        """Its call holds the slot no more."""
+        self._values[self._at_call[0]] -= 1.0
+
+    def bought(
+        self, told: Told, cost: float | None, seconds: float, first_chunk: float | None, *, at_once: bool
+    ) -> None:
+        """Its call has been answered after `seconds`; `at_once`, with the first attempt."""
+        metrics, name, values = self._metrics, self._name, self._values
+        if not self._at_end:
+            labels = self._labels
+            self._at_end = (
+                metrics.attempts.place((name, "")),
+                metrics.tokens.place(("", name, "input")),
+                metrics.tokens.place(("", name, "output")),
+                metrics.steps.place(("", name, "bypass")),
+                metrics.call_seconds.place((*labels, "")),
+                metrics.call_tokens.place((*labels, "input")),
+                metrics.call_tokens.place((*labels, "output")),
+            )
+        asked, said = told.prompt_tokens, told.completion_tokens
+        attempts, tokens_in, tokens_out, steps, took, call_in, call_out = self._at_end
+        if at_once:
+            values[attempts] += 1.0
+        values[tokens_in] += asked
+        values[tokens_out] += said
+        values[steps] += 1.0
+        metrics.call_seconds.observe_at(took, seconds)
+        metrics.call_tokens.observe_at(call_in, asked)
+        metrics.call_tokens.observe_at(call_out, said)
+        if told.cached_tokens:
+            metrics.tokens_cached.add(("", name), told.cached_tokens)
+        if told.reasoning_tokens:
+            metrics.tokens_reasoning.add(("", name), told.reasoning_tokens)
+        if cost is None:
+            metrics.unpriced.add(("", name))
+        else:
+            metrics.cost.add(("", name), cost)
+        if first_chunk is not None:
+            metrics.first_chunk.observe(self._labels, first_chunk)
+
+    def failed(self, error: BaseException, seconds: float) -> None:
+        """Its call has come to nothing, all attempts included."""
+        metrics, why = self._metrics, _error(error)
+        metrics.call_seconds.observe((*self._labels, why), seconds)
+        metrics.steps.add(("", self._name, "cancelled" if why == "cancelled" else "failed"))
+
+    def responded(self, status: int, seconds: float) -> None:
+        """The request is over; status 0 where the client left before there was one."""
+        self._values[self._request] -= 1.0
+        self._metrics.responded("POST", self._scheme, self._route, status, seconds)
+
+
 class Metrics(Meter):
     """A meter that keeps numbers, for itself or, in a server of several processes, where the others can add them up.
 
@@ -460,14 +550,18 @@ class Metrics(Meter):
     def asked_again(self, program: str, step: str) -> None:
         self.steps_again.add((program, step))
 
-    def call(self, upstream: str, *, kind: str, program: str) -> Timing:
+    def labels_of(self, upstream: str, kind: str) -> Labels:
+        """Of a call of that kind."""
         labels = self._calls.get((upstream, kind))
         if labels is None:
             server = self._servers.get(upstream)
             labels = (OPERATIONS.get(kind, kind), *(server or ("", "", "", "")), upstream)
             if server is not None:
                 self._calls[upstream, kind] = labels
-        return _CallTiming(self, labels)
+        return labels
+
+    def call(self, upstream: str, *, kind: str, program: str) -> Timing:
+        return _CallTiming(self, self.labels_of(upstream, kind))
 
     def bought(self, upstream: str, program: str, usage: Usage, cost: float | None) -> None:
         self.tokens.add((program, upstream, "input"), usage.prompt_tokens)

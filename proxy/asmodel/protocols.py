@@ -7,11 +7,11 @@ beyond its first protocol is said by further protocols of one or two methods, ne
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from asmodel.calls import Call, Capabilities, Reply, Terms
+from asmodel.calls import Call, Capabilities, Chat, Emit, Reply, Terms, Usage
 
 if TYPE_CHECKING:
     from asmodel.tools import Tool
@@ -152,6 +152,68 @@ class Detecting(Protocol):
 
     async def detect(self) -> Capabilities:
         """What it can do, `loglikelihood` proven or disproven. Raises UpstreamError where that could not be tried."""
+        ...
+
+
+class Told(NamedTuple):
+    """What is to be known of an answer that is passed on as it came: of a `Reply`, what is counted and traced."""
+
+    model: str
+    finish: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    estimated: bool = False
+
+    @classmethod
+    def of(cls, reply: Reply) -> Told:
+        u = reply.usage
+        used = u.prompt_tokens, u.completion_tokens, u.cached_tokens, u.reasoning_tokens, u.estimated
+        return cls(reply.model, reply.finish, *used)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.cached_tokens,
+            reasoning_tokens=self.reasoning_tokens,
+            estimated=self.estimated,
+        )
+
+
+class Forwarded(NamedTuple):
+    """A request for one answer, as it is to be forwarded."""
+
+    params: dict[str, Any]
+    """All that was sent beside the messages, and the model; the receiver's to change."""
+    messages: Sequence[Mapping[str, Any]]
+    """As `Message.wire` has them."""
+    call: Callable[[], Chat]
+    """The same as a call, for where it has to be looked at."""
+    resent: Callable[[], object]
+    """To be told where it has been sent once more, because its connection was closed before an answer."""
+
+
+@runtime_checkable
+class Forwarding(Protocol):
+    """An upstream that can take a request that is passed through as it came, and give its answer as it comes.
+
+    What goes out, what comes back and what is raised is what `send` with `Terms.verbatim` would send, give and raise.
+    """
+
+    async def forward(self, request: Forwarded) -> tuple[bytes, Told]:
+        """The whole answer as it came, and what it tells."""
+        ...
+
+    async def forward_stream(
+        self, request: Forwarded, usage_asked: bool, take: Callable[[bytes], Awaitable[None]], emit: Emit
+    ) -> Told:
+        """`take` is awaited with the upstream's own bytes: whole events, and not the last one, `[DONE]`.
+
+        `emit` is awaited once something has been taken; what with is of no interest.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from asmodel import access, chat, connections, effects, errors, exchange, routes, wire
+from asmodel import access, chat, connections, effects, errors, exchange, passing, routes, wire
 from asmodel.errors import AsmodelError
 from asmodel.settings import IdempotencySettings, LimitsSettings
 
@@ -175,7 +175,7 @@ cut off (`finish_reason` `length` or `content_filter`) are not held against it. 
 
 ## Streams
 
-The status is sent when the first upstream has answered, or after {chat.OPENS_AFTER:g} s; what is wrong with the
+The status is sent when the first upstream has answered, or after {passing.OPENS_AFTER:g} s; what is wrong with the
 request is said before that, with its own status. Then come, as `data:` events:
 
 1. the role, for each choice;
@@ -187,7 +187,7 @@ request is said before that, with its own status. Then come, as `data:` events:
 6. `[DONE]`.
 
 Of an upstream that is passed through, its own chunks come instead, and one `[DONE]`. Where nothing has been said for
-{chat.KEEP_ALIVE_EVERY:g} s there is a comment, which clients pass over. An error in the middle is an event
+{passing.KEEP_ALIVE_EVERY:g} s there is a comment, which clients pass over. An error in the middle is an event
 `{{"error": {{…}}}}` and the end; there is no `[DONE]` then, and what has begun to be answered is not begun anew. A
 client that reads slowly holds up nobody else, and one that leaves ends its run.
 

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias, cast
 
 import orjson
 from opentelemetry import trace
@@ -113,11 +113,34 @@ _values = operator.attrgetter(*_NAMES)
 def write(line: RequestLine) -> None:
     """Write the line to the log, at INFO. It is put into words only where a handler asks for them."""
     if log.isEnabledFor(logging.INFO):
-        if logging.getLogRecordFactory() is logging.LogRecord:
+        handler = _alone()
+        if handler is not None:
+            handler.write(line)
+        elif logging.getLogRecordFactory() is logging.LogRecord:
             log.handle(_Record(line))
         else:
             # Whoever has put records of their own into place is to see all of them.
             log.info("%s", line, extra={_FIELDS: line})
+
+
+def _alone() -> Handler | None:
+    """The handler of the server's log, where nobody else is told of a line, and it goes by what is ours alone.
+
+    Then no record is made and none shown around, which is most of the cost of a line.
+    """
+    logger = log
+    if logger.filters:
+        return None
+    while (above := logger.parent) is not None:
+        if logger.handlers or not logger.propagate:
+            return None
+        logger = above
+    handlers = logger.handlers
+    handler = handlers[0] if len(handlers) == 1 else None
+    if type(handler) is not Handler or handler.level > logging.INFO or handler.filters:
+        return None
+    plain = type(handler.formatter) is ConsoleFormatter and logging.getLogRecordFactory() is logging.LogRecord
+    return handler if plain else None
 
 
 class _Record(logging.LogRecord):
@@ -145,6 +168,22 @@ _ALWAYS = {
 
 class Handler(logging.StreamHandler[TextIO]):
     """Writes to a stream, a line at once, before it returns: a process that is killed has said what it did."""
+
+    def write(self, line: RequestLine) -> None:
+        """A request's line, as `emit` writes the record of it, by a `ConsoleFormatter`."""
+        formatter = self.formatter
+        assert type(formatter) is ConsoleFormatter
+        try:
+            text = formatter.line(time.time(), line) + self.terminator
+            with cast("threading.RLock", self.lock):
+                stream = self.stream
+                stream.write(text)
+                if not stream.line_buffering:
+                    stream.flush()
+        except RecursionError:
+            raise
+        except Exception:  # as below
+            self.handleError(_Record(line))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -190,8 +229,12 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if type(record) is _Record:
-            return f"{self._clock(record.created)} {_printable(record.asmodel_request.text())}"
+            return self.line(record.created, record.asmodel_request)
         return super().format(record)
+
+    def line(self, created: float, line: RequestLine) -> str:
+        """What the log says of a request."""
+        return f"{self._clock(created)} {_printable(line.text())}"
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""

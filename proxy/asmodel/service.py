@@ -44,6 +44,13 @@ def stopping() -> Draining:
     return Draining("the server is stopping; ask again, another will answer", retry_after=1.0)
 
 
+def own_fault(error: Exception) -> AsmodelError:
+    """What is told of an error that nobody raised on purpose. The log says where it was."""
+    # Frames only: the text of an exception may hold a prompt.
+    log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return AsmodelError(f"asmodel itself failed ({type(error).__name__}); its log says where")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """One request, whatever route it came by."""
@@ -137,10 +144,16 @@ class Service:
         self._program_limits = dict(program_limits or {})
         self._cache_programs = cache_programs
         self._cache_upstreams = cache_upstreams
-        self._verbatim: dict[str, bool] = {}
+        self.verbatim: dict[str, bool] = {}
+        """Of upstreams that were asked for: whether they speak OpenAI's format, by name."""
         self._all_verbatim: dict[str, bool] = {}
         self._playable: set[tuple[str, ...]] = set()
         """The programs and presets whose roles are known to be played by those who can."""
+
+    @property
+    def passes_straight(self) -> bool:
+        """Whether what is passed through is looked up nowhere and limited by nothing, unless its request says so."""
+        return not self._cache_upstreams and self._limits == Limits()
 
     def begin(self) -> None:
         """A request has come, so that the server's end can wait until it has ended."""
@@ -265,9 +278,9 @@ class Service:
         if isinstance(model, ServedProgram) or self._policy(model, job.asked).mode != "off":
             return False
         # What format it speaks is known from the start, other than what must be tried.
-        known = self._verbatim.get(model.name)
+        known = self.verbatim.get(model.name)
         if known is None:
-            known = self._verbatim[model.name] = (await model.upstream.capabilities()).verbatim
+            known = self.verbatim[model.name] = (await model.upstream.capabilities()).verbatim
         return known
 
     async def only_passes_on(self, job: Job) -> bool:
@@ -303,9 +316,7 @@ class Service:
         except AsmodelError:
             raise
         except Exception as error:
-            # Frames only: the text of an exception may hold a prompt.
-            log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-            raise AsmodelError(f"asmodel itself failed ({type(error).__name__}); its log says where") from error
+            raise own_fault(error) from error
 
     async def _answer(
         self, job: Job, choice: int, emit: Emit | None, verbatim: Callable[[bytes], Awaitable[None]] | None

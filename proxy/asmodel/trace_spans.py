@@ -502,7 +502,7 @@ class RecorderTracer(trace.Tracer):
             above = current
             trace_id, flags, state = above.trace_id, above.flags, above.trace_state
         else:
-            foreign = current.get_span_context() if isinstance(current, trace.Span) else None
+            foreign = current.get_span_context() if current and isinstance(current, trace.Span) else None
             if foreign is not None and foreign.is_valid:
                 trace_id, flags, state = foreign.trace_id, int(foreign.trace_flags), foreign.trace_state
             else:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
     from asmodel.budget import Budget
+    from asmodel.protocols import Told
     from asmodel.trace_export import Tracing
 
 SCOPE = "asmodel"
@@ -276,6 +277,12 @@ def configure(
     )
 
 
+def plain() -> RecorderTracer | None:
+    """Who makes our spans, where these are our own, hold no content and are told to no upstream; else None."""
+    tracer = _tracer
+    return tracer if type(tracer) is RecorderTracer and _content is None and not _hosts else None
+
+
 class _Active(AbstractContextManager[Span]):
     """A span that is the current one for a `with` body. A class, since a generator costs twice as much."""
 
@@ -353,11 +360,16 @@ def start_request(
     Its parent is the W3C `traceparent` that came in; one that cannot be read begins a new trace. Baggage is not read,
     so none can leak onward. With `force`, the request is exported whatever the sampler and the caller's flag say.
     """
-    parent = _W3C.extract(headers) if headers.get("traceparent") else _NO_PARENT
+    parent = caller(headers)
     if force:
         parent = otel_context.set_value(FORCED, True, parent)
     attributes: dict[str, AttributeValue] = {HTTP_METHOD: method, HTTP_ROUTE: route}
     return _Active(f"{method} {route}", SpanKind.SERVER, attributes, parent)
+
+
+def caller(headers: Mapping[str, str]) -> Context:
+    """Whose trace a request belongs to, by its `traceparent`."""
+    return _W3C.extract(headers) if headers.get("traceparent") else _NO_PARENT
 
 
 def record_response(span: Span, status: int, error: BaseException | None = None) -> None:
@@ -376,6 +388,12 @@ def record_response(span: Span, status: int, error: BaseException | None = None)
 def record_scope(span: Span, scope: str) -> None:
     """Whose request it is: the holder of its key, where the server wants keys."""
     span.set_attribute(REQUEST_SCOPE, scope)
+
+
+def record_status(span: Identified, status: int) -> None:
+    """As `record_response`, of what went well."""
+    if type(span) is Recorded:
+        span.put({HTTP_STATUS: status})
 
 
 def record_left(span: Span) -> None:
@@ -497,26 +515,34 @@ def call_span(
     `upstream` is its name in the settings, `provider` a value of `gen_ai.provider.name`, `address` its host, host:port
     or URL.
     """
+    attributes = call_attributes(call.kind, upstream, provider, model, address, stream=stream)
     operation = OPERATIONS[call.kind]
+    if isinstance(call, Chat) and call.schema is not None:
+        attributes[OUTPUT_TYPE] = "json"
+    if not isinstance(call, Score):
+        add_params(attributes, call.params)
+    if _content is None or not _content.on_spans:
+        return _Active(f"{operation} {model}", SpanKind.CLIENT, attributes)
+    shown = functools.partial(_asked, _content, call)
+    return _Asking(f"{operation} {model}", SpanKind.CLIENT, attributes).showing(shown)
+
+
+def call_attributes(
+    kind: str, upstream: str, provider: str, model: str, address: str | None, *, stream: bool
+) -> dict[str, AttributeValue]:
+    """What is the same of all spans of calls of one kind of an upstream."""
     attributes: dict[str, AttributeValue] = {
-        OPERATION: operation,
+        OPERATION: OPERATIONS[kind],
         PROVIDER: provider,
         REQUEST_MODEL: model,
         UPSTREAM_NAME: upstream,
-        UPSTREAM_CALL: call.kind,
+        UPSTREAM_CALL: kind,
     }
     if address:
         attributes |= _server(address)
     if stream:
         attributes[REQUEST_STREAM] = True
-    if isinstance(call, Chat) and call.schema is not None:
-        attributes[OUTPUT_TYPE] = "json"
-    if not isinstance(call, Score):
-        _add_params(attributes, call.params)
-    if _content is None or not _content.on_spans:
-        return _Active(f"{operation} {model}", SpanKind.CLIENT, attributes)
-    shown = functools.partial(_asked, _content, call)
-    return _Asking(f"{operation} {model}", SpanKind.CLIENT, attributes).showing(shown)
+    return attributes
 
 
 def _asked(content: Content, call: Call) -> dict[str, AttributeValue]:
@@ -539,7 +565,8 @@ def _answered(content: Content, call: Call, reply: Reply) -> dict[str, Attribute
     return {} if said is None else {OUTPUT_MESSAGES: said}
 
 
-def _add_params(attributes: dict[str, AttributeValue], params: Mapping[str, Any]) -> None:
+def add_params(attributes: dict[str, AttributeValue], params: Mapping[str, Any]) -> None:
+    """The sampling parameters that the conventions have an attribute for."""
     for name, value in params.items():
         attribute = _NUMBERS.get(name)
         if attribute is not None:
@@ -597,6 +624,29 @@ def record_reply(span: Span, reply: Reply, *, first_delta: float | None, call: C
     _put(span, attributes)
 
 
+def record_told(span: Identified, told: Told, model: str, cost: float | None, first_delta: float | None) -> None:
+    """As `record_reply`, of an answer that is passed on as it came; `model` is who is asked."""
+    if type(span) is not Recorded:
+        return
+    attributes: dict[str, AttributeValue] = {
+        INPUT_TOKENS: told.prompt_tokens,
+        OUTPUT_TOKENS: told.completion_tokens,
+        RESPONSE_FINISH: (told.finish,),
+    }
+    if told.cached_tokens:
+        attributes[CACHE_READ_TOKENS] = told.cached_tokens
+    if told.reasoning_tokens:
+        attributes[REASONING_TOKENS] = told.reasoning_tokens
+    if told.estimated:
+        attributes[UPSTREAM_ESTIMATED] = True
+    attributes[RESPONSE_MODEL] = told.model or model
+    if cost is not None:
+        attributes[UPSTREAM_COST] = cost
+    if first_delta is not None:
+        attributes[FIRST_CHUNK] = first_delta
+    span.put(attributes)
+
+
 def record_attempts(span: Span, attempts: Sequence[Attempt]) -> None:
     """How a call was tried, once it is over: a child for each try, where there was more than one."""
     if len(attempts) < 2 or not span.is_recording():
@@ -616,9 +666,13 @@ def record_attempts(span: Span, attempts: Sequence[Attempt]) -> None:
         child.end(end_time=max(attempt.started_ns, attempt.ended_ns))
 
 
-def record_resent() -> None:
-    """The current call was sent once more within one attempt: its connection was closed before there was an answer."""
-    span = trace.get_current_span()
+def record_resent(span: Span | None = None) -> None:
+    """A call was sent once more within one attempt: its connection was closed before there was an answer.
+
+    `span` is the call's, by default the current one.
+    """
+    if span is None:
+        span = trace.get_current_span()
     if span.is_recording():
         so_far: Mapping[str, Any] = getattr(span, "attributes", None) or {}
         span.set_attribute(UPSTREAM_RESENT, so_far.get(UPSTREAM_RESENT, 0) + 1)

@@ -70,6 +70,11 @@ class Layer:
             self.detect = inner.detect
 
     @property
+    def inner(self) -> Upstream:
+        """What it wraps."""
+        return self._inner
+
+    @property
     def name(self) -> str:
         return name_of(self._inner)
 
@@ -582,13 +587,18 @@ class Metered(Layer):
         meter.knows_upstream(name, provider=provider, model=model, address=address, slots=slots)
         self._name = name
         self._provider = provider
-        self._model = model
-        self._address = address
-        self._price = price
+        self.model = model
+        self.price = price
+        self.address = address
+
+    @property
+    def provider_name(self) -> str:
+        """What spans call who provides it."""
+        return self._provider
 
     @property
     def priced(self) -> bool | None:
-        return True if self._price is not None else super().priced
+        return True if self.price is not None else super().priced
 
     @property
     def name(self) -> str:
@@ -602,8 +612,8 @@ class Metered(Layer):
                 call,
                 upstream=self._name,
                 provider=self._provider,
-                model=self._model,
-                address=self._address,
+                model=self.model,
+                address=self.address,
                 stream=watch is not None,
             ) as span,
             self._meter.call(self._name, kind=call.kind, program=terms.program) as timing,
@@ -613,8 +623,8 @@ class Metered(Layer):
             seconds = time.monotonic() - clock
             reply = reply.paid(
                 upstream=self._name,
-                model=reply.model or self._model,
-                cost=self._price.of(reply.usage) if self._price else reply.cost,
+                model=reply.model or self.model,
+                cost=self.price.of(reply.usage) if self.price else reply.cost,
                 bought_at=started,
                 seconds=seconds,
                 origin=tracing.origin(span),
@@ -656,28 +666,38 @@ class Retried(Layer):
         watch = _Watch(terms.emit)
         if terms.emit is not None:
             terms = replace(terms, emit=watch.emit)
-        attempts: list[tracing.Attempt] = []
-        waited = 0.0
+        started = time.time_ns()
+        failed: BaseException
+        try:
+            reply = await self._inner.send(call, terms)
+        except BaseException as error:
+            failed = error
+        else:
+            self._meter.attempted(self._name)
+            return reply
+        try:
+            return await self.again(call, terms, failed, started, lambda: watch.emitted)
+        finally:
+            # An error knows this frame, and this frame the error: they would wait for the garbage collector.
+            del failed
+
+    async def again(
+        self, call: Call, terms: Terms, failed: BaseException, started: int, begun: Callable[[], bool]
+    ) -> Reply:
+        """What follows a first attempt that has `failed`: others, or its error.
+
+        `started` in Unix nanoseconds; `begun` tells whether anything of an answer has been passed on.
+        """
+        attempts = [tracing.Attempt(started, time.time_ns(), failed)]
         try:
             while True:
-                started = time.time_ns()
-                try:
-                    reply = await self._inner.send(call, terms)
-                except BaseException as error:
-                    attempts.append(tracing.Attempt(started, time.time_ns(), error, waited))
-                    self._meter.attempted(self._name, error)
-                    waited = self._pause_after(error, len(attempts)) if not watch.emitted else -1.0
-                    if waited < 0 or not _readmitted(terms):
-                        raise
-                    _withdraw(terms)
-                    failed = error
-                    log.info("%s; asked again in %.1f s", error, waited)
-                    self._meter.retried(self._name, error, waited)
-                else:
-                    if attempts:
-                        attempts.append(tracing.Attempt(started, time.time_ns(), None, waited))
-                    self._meter.attempted(self._name)
-                    return reply
+                self._meter.attempted(self._name, failed)
+                waited = self._pause_after(failed, len(attempts)) if not begun() else -1.0
+                if waited < 0 or not _readmitted(terms):
+                    raise failed
+                _withdraw(terms)
+                log.info("%s; asked again in %.1f s", failed, waited)
+                self._meter.retried(self._name, failed, waited)
                 paused = time.monotonic()
                 try:
                     await asyncio.sleep(waited)
@@ -687,14 +707,21 @@ class Retried(Layer):
                     raise
                 # Counted only now: a run that ends in the pause has not made this attempt.
                 if not _readmitted(terms):
-                    try:
-                        raise failed
-                    finally:
-                        del failed
+                    raise failed
+                started = time.time_ns()
+                try:
+                    reply = await self._inner.send(call, terms)
+                except BaseException as error:
+                    attempts.append(tracing.Attempt(started, time.time_ns(), error, waited))
+                    failed = error
+                else:
+                    attempts.append(tracing.Attempt(started, time.time_ns(), None, waited))
+                    self._meter.attempted(self._name)
+                    return reply
         finally:
+            del failed
             if len(attempts) > 1:
                 tracing.record_attempts(trace.get_current_span(), attempts)
-            # An error knows this frame, and this frame the error: they would wait for the garbage collector.
             attempts.clear()
 
     def _pause_after(self, error: BaseException, attempts: int) -> float:
@@ -721,10 +748,10 @@ class Limited(Layer):
         super().__init__(inner)
         self._name = name
         self._meter = meter
-        self._turns = Turns(slots)
+        self.turns = Turns(slots)
 
     async def send(self, call: Call, terms: Terms) -> Reply:
-        if self._turns.take():
+        if self.turns.take():
             self._meter.waited(self._name, 0.0)
         else:
             await self._turn(terms)
@@ -733,14 +760,14 @@ class Limited(Layer):
             return await self._inner.send(call, terms)
         finally:
             self._meter.in_flight(self._name, -1)
-            self._turns.give()
+            self.turns.give()
 
     async def _turn(self, terms: Terms) -> None:
         came = time.monotonic()
         self._meter.queued(self._name, 1)
         try:
             with tracing.waiting("upstream.queue"):
-                await self._turns.wait(terms.scope, terms.run_id)
+                await self.turns.wait(terms.scope, terms.run_id)
         finally:
             self._meter.queued(self._name, -1)
         self._meter.waited(self._name, time.monotonic() - came)
@@ -752,12 +779,12 @@ class Timed(Layer):
     def __init__(self, inner: Upstream, *, name: str, first_byte: float, total: float) -> None:
         super().__init__(inner)
         self._name = name
-        self._whole = Bounds(total)
-        self._beginning = Bounds(min(first_byte, total))
+        self.whole = Bounds(total)
+        self.beginning = Bounds(min(first_byte, total))
 
     async def send(self, call: Call, terms: Terms) -> Reply:
         emit = terms.emit
-        whole, beginning = self._whole(), self._beginning()
+        whole, beginning = self.whole(), self.beginning()
         try:
             if emit is None:
                 with whole:
@@ -771,9 +798,13 @@ class Timed(Layer):
                 return await self._inner.send(call, replace(terms, emit=began))
         except TimeoutError:
             if whole.expired:
-                what, seconds = "finished", self._whole.seconds
+                what, seconds = "finished", self.whole.seconds
             elif beginning.expired:
-                what, seconds = "begun", self._beginning.seconds
+                what, seconds = "begun", self.beginning.seconds
             else:
                 raise
-        raise UpstreamTimeout(f'upstream "{self._name}" has not {what} to answer within {seconds:g} s')
+        raise self.late(what, seconds)
+
+    def late(self, what: str, seconds: float) -> UpstreamTimeout:
+        """What is raised when a time is over; `what` has not been done to answer: finished, or begun."""
+        return UpstreamTimeout(f'upstream "{self._name}" has not {what} to answer within {seconds:g} s')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
@@ -226,14 +226,12 @@ class ChatRequest(BaseModel):
     @property
     def passed_on(self) -> Json:
         """What an upstream is given that is passed through: all but what is asmodel's own, null included."""
-        return {name: value for name, value in self._sent.items() if name not in _OURS or name == "documents"}
+        return passed_on(self._sent)
 
     @property
     def stream_asks(self) -> Json:
         """What is asked of the stream besides its usage: for an upstream whose own stream is the answer."""
-        options = self._sent.get("stream_options")
-        given = cast("Json", options) if isinstance(options, dict) else {}
-        return {name: value for name, value in given.items() if name != "include_usage"}
+        return stream_asks(self._sent)
 
     @property
     def conversation(self) -> tuple[Message, ...]:
@@ -248,6 +246,18 @@ class ChatRequest(BaseModel):
                 if part.type == "file":
                     given += _files(cast("Mapping[str, Any]", part.model_extra or {}))
         return tuple(given)
+
+
+def stream_asks(sent: Json) -> Json:
+    """What a request asks of its stream besides its usage."""
+    options = sent.get("stream_options")
+    given = cast("Json", options) if isinstance(options, dict) else {}
+    return {name: value for name, value in given.items() if name != "include_usage"}
+
+
+def passed_on(sent: Json) -> Json:
+    """The parameters of a request that are an upstream's."""
+    return {name: value for name, value in sent.items() if name not in _OURS or name == "documents"}
 
 
 def _document(place: int, sent: object) -> Document:
@@ -318,18 +328,81 @@ def read_chat(body: bytes, *, messages: int | None = None) -> ChatRequest:
     given = cast("list[Any]", sent["messages"]) if isinstance(sent.get("messages"), list) else []
     if messages is not None and len(given) > messages:
         raise TooManyMessages(f"`messages`: at most {messages}, not {len(given)}", param="messages")
-    _check_size(sent)
+    check_size(sent)
     try:
         return ChatRequest.of(sent)
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False, include_input=False), sent) from None
 
 
+_ROLES = frozenset(("developer", "system", "user", "assistant", "tool", "function"))
+
+
+def _number(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and least <= value <= most
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _asks_of_usage_alone(value: Any) -> bool:
+    kind: object = value.__class__
+    return kind is dict and all(name == "include_usage" and type(said) is bool for name, said in value.items())
+
+
+USUAL: Mapping[str, Callable[[Any], bool]] = {
+    "stream": lambda value: type(value) is bool,
+    "stream_options": _asks_of_usage_alone,
+    "n": lambda value: type(value) is int and value == 1,
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "max_tokens": lambda value: type(value) is int and value >= 1,
+    "max_completion_tokens": lambda value: type(value) is int and value >= 1,
+    "seed": lambda value: type(value) is int,
+    "stop": _is_text,
+    "user": _is_text,
+    "reasoning_effort": _is_text,
+}
+"""What most requests hold beside model and messages, and the values that `ChatRequest` takes for certain."""
+
+
+def usual(sent: Json) -> list[Json] | None:
+    """The messages, each as `Message.wire` has it, of a request of texts and usual parameters.
+
+    Nearly all are, and what `ChatRequest` would say to them is known: nothing. None where it has to be asked, which
+    says no more than that.
+    """
+    model, messages = sent.get("model"), sent.get("messages")
+    kind: object = messages.__class__
+    if type(model) is not str or not 0 < len(model) <= NAME or kind is not list or not messages:
+        return None
+    if len(sent) > 2:
+        for name, value in sent.items():
+            if value is not None and name != "model" and name != "messages":
+                allowed = USUAL.get(name)
+                if allowed is None or not allowed(value):
+                    return None
+    said: list[Json] = []
+    for message in messages:
+        kind = message.__class__
+        if kind is not dict or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if type(content) is not str or role not in _ROLES:
+            return None
+        said.append({"role": role, "content": content})
+    return said
+
+
 class TooManyMessages(InvalidRequest):
     """More messages than a request may hold."""
 
 
-def _check_size(body: Json) -> None:
+def check_size(body: Json) -> None:
+    """Raises InvalidRequest where a body is nested too deeply or holds too much."""
     level: list[Any] = [body]
     count = 0
     for _ in range(DEPTH):
