@@ -32,6 +32,7 @@ from asmodel.dialect import (
     refusal_of,
     reply_of,
     scrubbed,
+    unread,
     usage_of,
 )
 from asmodel.errors import (
@@ -201,7 +202,10 @@ class OpenAIUpstream:
         if terms.emit is None or isinstance(call, Embed):
             data, body = await self._posted(_ROUTES[call.kind], body_of(call, self._model, n=terms.n))
             try:
-                reply = reply_of(body, call, upstream=self.name)
+                if isinstance(call, Embed) and terms.verbatim is not None:
+                    reply = unread(body, call, upstream=self.name)
+                else:
+                    reply = reply_of(body, call, upstream=self.name)
             except ValueError as error:
                 raise self._broken(f"sent an answer that is none: {error}") from error
             self._look_at_finish(reply.finish)
@@ -640,11 +644,13 @@ class _Unreadable(ValueError):
 
 def _as_chunks(body: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
     """A whole completion as the chunks of a stream: of a server that was asked to stream and does not."""
-    frame = {k: v for k, v in body.items() if k not in ("choices", "usage")} | {"object": "chat.completion.chunk"}
-    choices = [
-        {**{k: v for k, v in mapping(choice).items() if k != "message"}, "delta": _as_delta(mapping(choice))}
-        for choice in cast("list[object]", body.get("choices") or [])
-    ]
+    frame = {k: v for k, v in body.items() if k not in ("choices", "usage")}
+    choices = [mapping(choice) for choice in cast("list[object]", body.get("choices") or [])]
+    if any("message" in choice for choice in choices):  # A chunk of text is as a whole answer of text.
+        frame["object"] = "chat.completion.chunk"
+        choices = [
+            {**{k: v for k, v in choice.items() if k != "message"}, "delta": _as_delta(choice)} for choice in choices
+        ]
     chunks: list[dict[str, Any]] = [{**frame, "choices": choices}]
     if usage and body.get("usage") is not None:
         chunks.append({**frame, "choices": [], "usage": body["usage"]})

@@ -24,6 +24,7 @@ from asmodel import __version__, trace_content, tracing
 from asmodel.access import Access
 from asmodel.admission import Admitted
 from asmodel.chat import ChatCompletions
+from asmodel.completions import Completions, Embeddings
 from asmodel.errors import AsmodelError, ConfigurationError, InvalidRequest
 from asmodel.exchange import Enveloped
 from asmodel.folders import load_folders
@@ -367,7 +368,8 @@ def create_app(
                 await asyncio.gather(opening, return_exceptions=True)
             # Requests that were cut off are cancelled already, and are ending.
             await service.idle(ENDING)
-            await chat.close()
+            for route in (chat, completions, embeddings):
+                await route.close()
             await parts.close()
             # After the runs have ended: a span that ends later would not be exported.
             if traces is not None:
@@ -380,15 +382,18 @@ def create_app(
             yield
 
     limits = settings.limits
-    chat = ChatCompletions(
-        service,
-        parts.access,
-        body_bytes=limits.body_bytes,
-        messages=limits.messages,
-        n=limits.n,
-        progress=settings.progress,
-        grace=settings.idempotency.grace_seconds,
-        keep=settings.idempotency.keep_seconds,
+    chat, completions, embeddings = (
+        route(
+            service,
+            parts.access,
+            body_bytes=limits.body_bytes,
+            messages=limits.messages,
+            n=limits.n,
+            progress=settings.progress,
+            grace=settings.idempotency.grace_seconds,
+            keep=settings.idempotency.keep_seconds,
+        )
+        for route in (ChatCompletions, Completions, Embeddings)
     )
     notes: dict[str, dict[str, Any]] = {
         name: {
@@ -406,7 +411,9 @@ def create_app(
     app = Starlette(
         routes=[
             Route("/metrics", page, methods=["GET"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route(chat.path, chat, methods=["POST"]),
+            Route(completions.path, completions, methods=["POST"]),
+            Route(embeddings.path, embeddings, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{id:path}", models, methods=["GET"]),
             Route("/healthz", Probe(alive), methods=["GET"]),
@@ -420,7 +427,7 @@ def create_app(
     app.add_middleware(Enveloped)
     routes = [route for route in app.routes if isinstance(route, Route)]
     admitted = Admitted(
-        Shortcut(app, {("POST", "/v1/chat/completions"): Enveloped(chat)}),
+        Shortcut(app, {("POST", route.path): Enveloped(route) for route in (chat, completions, embeddings)}),
         requests=limits.in_flight,
         body_bytes=limits.in_flight_bytes,
         largest=limits.body_bytes,
