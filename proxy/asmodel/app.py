@@ -37,7 +37,7 @@ from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
 from asmodel.protocols import Cache, Lasting, Offering, Openable, Upstream
 from asmodel.recording import Recordings, default_folder
-from asmodel.routes import ModelList, Probe, alive, not_there, readiness
+from asmodel.routes import Contract, ModelList, Probe, alive, not_there, readiness
 from asmodel.service import Service
 from asmodel.settings import CacheSettings, Settings, ToolSettings, UpstreamSettings
 from asmodel.tools import Tool
@@ -408,8 +408,23 @@ def create_app(
     if settings.metrics.key is not None:
         readers["metrics"] = settings.metrics.key.get_secret_value()
     page = MetricsPage(metrics, None if settings.metrics.open else Access(readers))
+
+    def contract() -> dict[str, Any]:
+        # When it is first asked for: what describes the server takes a while to be imported, and is seldom wanted.
+        from asmodel import openapi
+
+        return openapi.document(
+            version=__version__,
+            keys=bool(settings.keys),
+            metrics_keys=bool(readers) and not settings.metrics.open,
+            names=[model.name for model in parts.models.all()],
+            messages=limits.messages,
+            n=limits.n,
+        )
+
     app = Starlette(
         routes=[
+            Route("/openapi.json", Contract(contract, parts.access), methods=["GET"]),
             Route("/metrics", page, methods=["GET"]),
             Route(chat.path, chat, methods=["POST"]),
             Route(completions.path, completions, methods=["POST"]),

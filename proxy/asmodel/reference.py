@@ -27,6 +27,7 @@ ROUTES: Mapping[str, str] = {
     "GET /healthz": "200 as long as the process answers",
     "GET /readyz": "200 when it can answer; 503 while it is loading or draining",
     "GET /metrics": "Prometheus text: docs/metrics.md",
+    "GET /openapi.json": "all this for machines, by OpenAPI 3.1, as it is with the settings of this server",
 }
 """Every route. What is not among them is a 404 in the error envelope; another method is a 405."""
 
@@ -235,7 +236,7 @@ of a program, with the receipt beside it. Where an upstream gives a `code` of it
 it is asked is a 502 with `upstream_model_not_found`, `insufficient_quota` or `upstream_not_implemented`, not worth a
 retry.
 
-{_table(("status", "code", "type", "SDKs ask again", "when"), _errors())}
+{_table(("status", "code", "type", "SDKs ask again", "when"), errors_told())}
 """)
 
 
@@ -355,7 +356,8 @@ def _resolved(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapp
 _TREE = re.compile(r"^[│├└─ ]*(\w+) +(?:\d{3}|---) +(.+)$", re.MULTILINE)
 
 
-def _errors() -> Iterable[tuple[str, str, str, str, str]]:
+def errors_told() -> Iterable[tuple[str, str, str, str, str]]:
+    """Of every error: status, code, type, whether SDKs ask again, and when it is."""
     told = dict(_TREE.findall(errors.__doc__ or ""))
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AsmodelError)]
     kinds += [access.Unauthorized, exchange.BodyTimeout, routes.RouteNotFound, routes.MethodNotAllowed]
