@@ -51,9 +51,20 @@ OTHERS: dict[type[Any], dict[str, list[Any]]] = {
         "tools": [({"type": "function", "function": {"name": "f"}},)],
         "draw": [None, "0/1"],
     },
-    Completion: {"identity": ["b"], "prompt": ["hello "], "params": [{}, {"temperature": 1}], "draw": [None, "0/1"]},
+    Completion: {
+        "identity": ["b"],
+        "prompt": ["hello "],
+        "params": [{}, {"temperature": 1}],
+        "draw": [None, "0/1"],
+        "given": ["hello", ["hello"], [1], [[1]]],
+    },
     Score: {"identity": ["b"], "context": ["hell"], "continuation": ["world", " world "]},
-    Embed: {"identity": ["b"], "texts": [("hello", ""), ("hel", "lo")], "params": [{}, {"dimensions": 9}]},
+    Embed: {
+        "identity": ["b"],
+        "texts": [("hello", ""), ("hel", "lo")],
+        "params": [{}, {"dimensions": 9}],
+        "given": ["hello", [1], [[1]]],
+    },
 }
 
 names = st.text(string.ascii_letters + "_", min_size=1, max_size=8)
@@ -84,7 +95,11 @@ def test_every_field_of_a_call_is_in_its_key(call: Call) -> None:
 
 @pytest.mark.parametrize("call", [CHAT, COMPLETION, SCORE, EMBED], ids=lambda call: call.kind)
 def test_every_field_of_a_call_is_described(call: Call) -> None:
-    assert set(describe(call)) == {"kind", *(field.name for field in fields(call) if field.init)}
+    every = {"kind", *(field.name for field in fields(call) if field.init)}
+    # What only a request that is passed through has is there only where it has it: it moves no other key.
+    assert set(describe(call)) == every - {"given"}
+    if isinstance(call, (Completion, Embed)):
+        assert set(describe(replace(call, given="x"))) == every
 
 
 def test_calls_of_different_kinds_share_no_key() -> None:

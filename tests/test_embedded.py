@@ -276,6 +276,43 @@ async def test_a_prompt_longer_than_the_context_is_refused(upstream: EmbeddedUps
     assert "8192" in caught.value.message
 
 
+async def test_a_text_and_its_paraphrase_have_vectors_that_are_near(upstream: EmbeddedUpstream) -> None:
+    texts = (
+        "How do I reset my password?",
+        "A kitten is napping on the couch.",
+        "The market dropped a lot this afternoon.",
+        "I forgot my login credentials, how can I change them?",
+        "The cat sleeps on the sofa.",
+        "Stock prices fell sharply today.",
+    )
+    reply = await send(upstream, Embed(identity="x", texts=texts))
+    assert reply.usage.prompt_tokens > 0
+    assert reply.usage.completion_tokens == 0
+
+    def near(a: int, b: int) -> float:
+        return sum(x * y for x, y in zip(reply.embeddings[a], reply.embeddings[b], strict=True))
+
+    for place in range(3):
+        assert near(place, place) == pytest.approx(1.0, abs=1e-5)
+        assert max(range(3, 6), key=lambda other: near(place, other)) == place + 3
+
+
+async def test_tokens_are_embedded_and_continued_as_the_text_that_they_are_of(upstream: EmbeddedUpstream) -> None:
+    text = "The lighthouse of Corran was built " * 60
+    tokens = await upstream._tokens(text)  # pyright: ignore[reportPrivateUsage]
+    assert len(tokens) > 256, "more than one batch"
+    alone = Embed(identity="x", texts=(text,))
+    given = Embed(identity="x", texts=(), given=[tokens, tokens[:3]])
+    (one,), (same, other) = (await send(upstream, alone)).embeddings, (await send(upstream, given)).embeddings
+    near = [sum(x * y for x, y in zip(one, vector, strict=True)) for vector in (same, other)]
+    assert near[0] > 0.999 > near[1]
+    short = tokens[:7]
+    params: dict[str, JSON] = {"temperature": 0, "max_tokens": 5}
+    said = await send(upstream, Completion(identity="x", prompt="", given=short, params=params))
+    assert said.text
+    assert said.usage.prompt_tokens == len(short)
+
+
 async def test_what_the_model_does_not_do_is_refused_and_not_passed_over(upstream: EmbeddedUpstream) -> None:
     tool: JSON = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     picture = Message("user", [{"type": "image_url", "image_url": {"url": "data:,"}}])
@@ -284,7 +321,9 @@ async def test_what_the_model_does_not_do_is_refused_and_not_passed_over(upstrea
         Chat(identity="x", messages=(picture,)),
         chat("Hi.", n=2),
         completion("Hi", echo=True),
-        Embed(identity="x", texts=("Hi",)),
+        Embed(identity="x", texts=("Hi",), params={"dimensions": 8}),
+        Embed(identity="x", texts=(), given=[2**33]),
+        Completion(identity="x", prompt="", given=[5, 10**6]),
     ]
     for call in calls:
         with pytest.raises(Unsupported):
@@ -292,7 +331,7 @@ async def test_what_the_model_does_not_do_is_refused_and_not_passed_over(upstrea
     able = await upstream.capabilities()
     assert (able.tools, able.embeddings, able.loglikelihood, able.schema, able.context) == (
         False,
-        False,
+        True,
         True,
         True,
         8192,

@@ -76,7 +76,12 @@ def test_a_server_s_own_handler_is_given_the_line_without_a_record_of_it(monkeyp
     monkeypatch.setattr(request_log.log, "level", logging.INFO)
     handled: list[logging.LogRecord] = []
     handle = request_log.log.handle
-    monkeypatch.setattr(request_log.log, "handle", lambda record: (handled.append(record), handle(record)))
+
+    def heard(record: logging.LogRecord) -> None:
+        handled.append(record)
+        handle(record)
+
+    monkeypatch.setattr(request_log.log, "handle", heard)
     written: list[str] = []
     for others in (0, 1):
         out = io.StringIO()
@@ -114,7 +119,7 @@ def test_who_listens_to_the_lines_besides_hears_of_them(monkeypatch: pytest.Monk
         request_log.write(LINE)
     finally:
         above.removeHandler(ear)
-    assert [str(record.args[0]) for record in heard if record.args] == [str(LINE)]
+    assert [record.getMessage() for record in heard] == [str(LINE)]
 
 
 def test_as_json_a_request_has_a_field_for_each_thing() -> None:

@@ -112,6 +112,10 @@ def _serve(job: Job, threads: int) -> Any:
     params.fit_params = False
     params.n_batch = params.n_ubatch = BATCH
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    # Embeddings beside answers, which are the same and come as fast (measured). Of the poolings only the last token's
+    # takes texts longer than a batch; it finds a paraphrase among others as well as the mean does.
+    params.embedding = True
+    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST
     params.n_threads_http = HTTP_THREADS
     params.cache_ram_mib = PROMPT_CACHE_MIB
     params.sse_ping_interval = PING_SECONDS

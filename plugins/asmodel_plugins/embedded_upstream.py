@@ -36,8 +36,31 @@ from typing import Any, cast
 import aiohttp
 import orjson
 
-from asmodel.calls import Call, Capabilities, Chat, Completion, Delta, Embed, Reply, Score, Terms, TokenLogprob, Usage
-from asmodel.dialect import Assembly, body_of, embedded_error, error_of, finite, logprobs_of, mapping, refusal_of
+from asmodel.calls import (
+    Call,
+    Capabilities,
+    Chat,
+    Completion,
+    Delta,
+    Embed,
+    Reply,
+    Score,
+    Terms,
+    TokenLogprob,
+    Usage,
+    pieces,
+)
+from asmodel.dialect import (
+    Assembly,
+    body_of,
+    embedded_error,
+    error_of,
+    finite,
+    logprobs_of,
+    mapping,
+    refusal_of,
+    reply_of,
+)
 from asmodel.errors import (
     ConfigurationError,
     Unsupported,
@@ -47,6 +70,7 @@ from asmodel.errors import (
     UpstreamUnavailable,
     UpstreamUnreachable,
 )
+from asmodel.gathering import gather
 
 from . import embedded_weights
 from .embedded_child import HOST, ROOM, Job
@@ -396,7 +420,7 @@ class EmbeddedUpstream:
         return self._child
 
     async def capabilities(self) -> Capabilities:
-        """Known once open. No embeddings: the server would have to run in another mode, in which it does not chat."""
+        """Known once open."""
         return Capabilities(
             chat=True,
             completion=True,
@@ -404,6 +428,7 @@ class EmbeddedUpstream:
             schema=True,
             tools=self._model.tools,
             loglikelihood=True,
+            embeddings=True,
             context=self._model.context,
         )
 
@@ -487,7 +512,8 @@ class EmbeddedUpstream:
         tags = [str(tag) for tag in cast("list[object]", about.get("tags") or [])]
         identity = next((tag for tag in tags if tag.startswith("embedded:")), "")
         context = mapping(props.get("default_generation_settings")).get("n_ctx")
-        slots, vocabulary = props.get("total_slots"), mapping(about.get("meta")).get("n_vocab")
+        slots, meta = props.get("total_slots"), mapping(about.get("meta"))
+        vocabulary, width = meta.get("n_vocab"), meta.get("n_embd")
         if not (identity and isinstance(context, int) and isinstance(slots, int) and isinstance(vocabulary, int)):
             raise self._broken("does not say what it runs; is it a child of asmodel's own?")
         lead = await self._tokens("", add_special=True)
@@ -498,6 +524,7 @@ class EmbeddedUpstream:
             context=context,
             slots=slots,
             vocabulary=vocabulary,
+            width=width if isinstance(width, int) else 0,
             tools=mapping(props.get("chat_template_caps")).get("supports_tools") is True,
             lead=tuple(lead[:1]),
             begin=tuple(await self._tokens(begin, parse_special=True))[:1] if begin else (),
@@ -508,8 +535,9 @@ class EmbeddedUpstream:
     async def send(self, call: Call, terms: Terms) -> Reply:
         """Answer one call. Raises UpstreamError, and Unsupported on what this model does not do."""
         if isinstance(call, Embed):
-            raise Unsupported(f"{self._who} makes no embeddings; give that role an upstream that does")
-        reply = await (self._score(call, terms) if isinstance(call, Score) else self._generate(call, terms))
+            reply = await self._embed(call, terms)
+        else:
+            reply = await (self._score(call, terms) if isinstance(call, Score) else self._generate(call, terms))
         # Its price is known: it runs on this machine, and costs nothing a token.
         return replace(reply, upstream=self.name, cost=0.0)
 
@@ -527,7 +555,8 @@ class EmbeddedUpstream:
             asked = await self.count(text) + 8 * len(call.messages) + 24
         else:
             route, param = "/v1/completions", "prompt"
-            asked = await self.count(call.prompt)
+            given = call.prompt if call.given is None else call.given
+            asked = sum([await self._length(piece, param) for piece in pieces(given)])
             if body.get("logprobs") is True:
                 # The chat's way of asking, which this route would read as the number 1.
                 body["logprobs"] = max(1, int(body.pop("top_logprobs", 1)))
@@ -574,6 +603,54 @@ class EmbeddedUpstream:
         for name, harmless in (("echo", (None, False)), ("suffix", (None, "")), ("best_of", (None, 1))):
             if call.params.get(name) not in harmless:
                 raise Unsupported(f"{self._who} does not take `{name}`", param=name)
+
+    async def _length(self, piece: str | Sequence[int], param: str) -> int:
+        """Tokens of a text, or of what is tokens already. Raises Unsupported on those of another model."""
+        if isinstance(piece, str):
+            return await self.count(piece)
+        if any(not 0 <= token < self._model.vocabulary for token in piece):
+            raise Unsupported(
+                f"{self._who}: the tokens of the model {self._model.name} are numbered from 0 to "
+                f"{self._model.vocabulary - 1}",
+                param=param,
+            )
+        return len(piece)
+
+    # -- embeddings
+
+    async def _embed(self, call: Embed, terms: Terms) -> Reply:
+        """A call for each text, so that long ones wait for room and do not fail for want of it."""
+        if call.params.get("dimensions") not in (None, self._model.width):
+            raise Unsupported(
+                f"{self._who}: the vectors of the model {self._model.name} have {self._model.width} dimensions",
+                param="dimensions",
+            )
+        given = pieces(call.texts if call.given is None else call.given)
+        found = await gather(self._embedded(call, piece, terms) for piece in given)
+        return Reply(
+            embeddings=tuple(reply.embeddings[0] for reply in found),
+            usage=sum((reply.usage for reply in found), Usage()),
+            model=self._model.name,
+        )
+
+    async def _embedded(self, call: Embed, piece: str | Sequence[int], terms: Terms) -> Reply:
+        if isinstance(piece, str):
+            single = Embed(identity=call.identity, texts=(piece,))
+        else:
+            single = Embed(identity=call.identity, texts=(), given=[piece])
+        tokens = await self._length(piece, "input")
+        if tokens > self._model.context:
+            raise self._too_long(tokens, "input")
+        body = body_of(single, self._model.name)
+        async with (
+            self._room.taken(tokens),
+            self._asked("POST", "/v1/embeddings", body, "input", terms.deadline) as response,
+        ):
+            answer = self._whole(await self._read(response))
+        try:
+            return reply_of(answer, single)
+        except ValueError as error:
+            raise self._broken(f"sent embeddings that are none: {error}") from error
 
     # -- log-likelihood of a given text
 
@@ -829,6 +906,8 @@ class _Model:
     context: int = CONTEXT
     slots: int = SLOTS
     vocabulary: int = 0
+    width: int = 0
+    """Numbers of an embedding."""
     tools: bool = False
     """Whether the chat template has a place for tools. Without one the server takes them and passes over them."""
     lead: tuple[int, ...] = ()

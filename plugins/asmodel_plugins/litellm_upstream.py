@@ -343,6 +343,9 @@ class LiteLLMUpstream:
         if litellm is None:
             raise RuntimeError(f"{self._who} is not open")
         body = body_of(call, self._model, stream=stream)
+        if isinstance(call, Embed):
+            # Few providers have more than one, and it is numbers that a reply holds, whatever its client is sent.
+            body.pop("encoding_format", None)
         arguments = {key: value for key, value in body.items() if key in _KNOWN}
         rest = {key: value for key, value in body.items() if key not in _KNOWN}
         arguments |= self._fixed

@@ -34,6 +34,7 @@ from asmodel.dialect import (
     reply_of,
     scrubbed,
     told_of,
+    unread,
     usage_of,
 )
 from asmodel.errors import (
@@ -203,7 +204,7 @@ class OpenAIUpstream:
             return await self._score(call)
         if terms.emit is None or isinstance(call, Embed):
             data, body = await self._posted(_ROUTES[call.kind], body_of(call, self._model, n=terms.n))
-            reply = self._reply(body, call)
+            reply = self._reply(body, call, verbatim=terms.verbatim is not None)
             if terms.verbatim is not None:
                 await terms.verbatim(data)
             return reply
@@ -225,9 +226,12 @@ class OpenAIUpstream:
             self._look_at_finish(told.finish)
         return data, told
 
-    def _reply(self, body: dict[str, Any], call: Chat | Completion | Embed) -> Reply:
+    def _reply(self, body: dict[str, Any], call: Chat | Completion | Embed, *, verbatim: bool = False) -> Reply:
         try:
-            reply = reply_of(body, call, upstream=self.name)
+            if verbatim and isinstance(call, Embed):
+                reply = unread(body, call, upstream=self.name)
+            else:
+                reply = reply_of(body, call, upstream=self.name)
         except ValueError as error:
             raise self._broken(f"sent an answer that is none: {error}") from error
         self._look_at_finish(reply.finish)
@@ -718,11 +722,13 @@ class _Unreadable(ValueError):
 
 def _as_chunks(body: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
     """A whole completion as the chunks of a stream: of a server that was asked to stream and does not."""
-    frame = {k: v for k, v in body.items() if k not in ("choices", "usage")} | {"object": "chat.completion.chunk"}
-    choices = [
-        {**{k: v for k, v in mapping(choice).items() if k != "message"}, "delta": _as_delta(mapping(choice))}
-        for choice in cast("list[object]", body.get("choices") or [])
-    ]
+    frame = {k: v for k, v in body.items() if k not in ("choices", "usage")}
+    choices = [mapping(choice) for choice in cast("list[object]", body.get("choices") or [])]
+    if any("message" in choice for choice in choices):  # A chunk of text is as a whole answer of text.
+        frame["object"] = "chat.completion.chunk"
+        choices = [
+            {**{k: v for k, v in choice.items() if k != "message"}, "delta": _as_delta(choice)} for choice in choices
+        ]
     chunks: list[dict[str, Any]] = [{**frame, "choices": choices}]
     if usage and body.get("usage") is not None:
         chunks.append({**frame, "choices": [], "usage": body["usage"]})

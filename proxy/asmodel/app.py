@@ -24,6 +24,7 @@ from asmodel import __version__, trace_content, tracing
 from asmodel.access import Access
 from asmodel.admission import Admitted
 from asmodel.chat import ChatCompletions
+from asmodel.completions import Completions, Embeddings
 from asmodel.errors import AsmodelError, ConfigurationError, InvalidRequest
 from asmodel.exchange import Enveloped
 from asmodel.folders import load_folders
@@ -37,7 +38,7 @@ from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
 from asmodel.protocols import Cache, Lasting, Offering, Openable, Upstream
 from asmodel.recording import Recordings, default_folder
-from asmodel.routes import Later, ModelList, Probe, alive, not_there, readiness
+from asmodel.routes import Contract, Later, ModelList, Probe, alive, not_there, readiness
 from asmodel.service import Service
 from asmodel.settings import CacheSettings, Settings, ToolSettings, UpstreamSettings
 from asmodel.tools import Tool
@@ -308,6 +309,10 @@ class Shortcut:
         await (found or self._app)(scope, receive, send)
 
 
+Asking = TypeVar("Asking", bound=ChatCompletions)
+"""A route that asks models."""
+
+
 def create_app(
     settings: Settings,
     *,
@@ -368,7 +373,8 @@ def create_app(
                 await asyncio.gather(opening, return_exceptions=True)
             # Requests that were cut off are cancelled already, and are ending.
             await service.idle(ENDING)
-            await chat.close()
+            for route in (chat, completions, embeddings):
+                await route.close()
             await parts.close()
             # After the runs have ended: a span that ends later would not be exported.
             if traces is not None:
@@ -381,16 +387,20 @@ def create_app(
             yield
 
     limits = settings.limits
-    chat = ChatCompletions(
-        service,
-        parts.access,
-        body_bytes=limits.body_bytes,
-        messages=limits.messages,
-        n=limits.n,
-        progress=settings.progress,
-        grace=settings.idempotency.grace_seconds,
-        keep=settings.idempotency.keep_seconds,
-    )
+
+    def asked(kind: type[Asking]) -> Asking:
+        return kind(
+            service,
+            parts.access,
+            body_bytes=limits.body_bytes,
+            messages=limits.messages,
+            n=limits.n,
+            progress=settings.progress,
+            grace=settings.idempotency.grace_seconds,
+            keep=settings.idempotency.keep_seconds,
+        )
+
+    chat, completions, embeddings = asked(ChatCompletions), asked(Completions), asked(Embeddings)
     notes: dict[str, dict[str, Any]] = {
         name: {
             "upstream_kind": s.kind,
@@ -419,13 +429,29 @@ def create_app(
             routes=[(method, route.path) for route in routes for method in sorted(route.methods or ())],
         )
 
+    def contract() -> dict[str, Any]:
+        # When it is first asked for: what describes the server takes a while to be imported, and is seldom wanted.
+        from asmodel import openapi
+
+        return openapi.document(
+            version=__version__,
+            keys=bool(settings.keys),
+            metrics_keys=bool(readers) and not settings.metrics.open,
+            names=[model.name for model in parts.models.all()],
+            messages=limits.messages,
+            n=limits.n,
+        )
+
     front = Later(front_page)
     paths = ("/", "/runs/{id}", "/front/{name}", "/front/runs/{id}") if settings.front_page else ()
     app = Starlette(
         routes=[
             *(Route(path, front, methods=["GET"]) for path in paths),
+            Route("/openapi.json", Contract(contract, parts.access), methods=["GET"]),
             Route("/metrics", page, methods=["GET"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route(chat.path, chat, methods=["POST"]),
+            Route(completions.path, completions, methods=["POST"]),
+            Route(embeddings.path, embeddings, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{id:path}", models, methods=["GET"]),
             Route("/healthz", Probe(alive), methods=["GET"]),
@@ -439,7 +465,7 @@ def create_app(
     app.add_middleware(Enveloped)
     routes = [route for route in app.routes if isinstance(route, Route)]
     admitted = Admitted(
-        Shortcut(app, {("POST", "/v1/chat/completions"): Enveloped(chat)}),
+        Shortcut(app, {("POST", route.path): Enveloped(route) for route in (chat, completions, embeddings)}),
         requests=limits.in_flight,
         body_bytes=limits.in_flight_bytes,
         largest=limits.body_bytes,

@@ -109,6 +109,19 @@ class Chat:
     """What `body` gives, once it has been made."""
 
 
+Given: TypeAlias = "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]"
+"""What a request may ask to have continued or embedded: one text or several, or as many lists of token numbers."""
+
+
+def pieces(given: Given) -> Sequence[str | Sequence[int]]:
+    """The single texts, or lists of tokens, of what was given."""
+    if isinstance(given, str):
+        return (given,)
+    if given and isinstance(given[0], int):
+        return (cast("Sequence[int]", given),)
+    return cast("Sequence[str | Sequence[int]]", given)
+
+
 @quickly_made
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
@@ -119,6 +132,8 @@ class Completion:
     prompt: str
     params: Mapping[str, JSON] = field(default_factory=dict[str, Any])
     draw: str | None = None
+    given: Given | None = None
+    """Of a request that is passed through, what is sent in place of `prompt`: several texts, or tokens."""
     _body: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
 
@@ -141,6 +156,13 @@ class Embed:
     identity: str
     texts: tuple[str, ...]
     params: Mapping[str, JSON] = field(default_factory=dict[str, Any])
+    given: Given | None = None
+    """Of a request that is passed through, what is sent in place of `texts`: one text by itself, or tokens."""
+
+    @property
+    def size(self) -> int:
+        """How many vectors answer it."""
+        return len(self.texts) if self.given is None else len(pieces(self.given))
 
 
 Call: TypeAlias = Chat | Completion | Score | Embed
@@ -208,6 +230,8 @@ def describe(call: Call) -> dict[str, Any]:
     body: dict[str, Any] = {"kind": call.kind}
     for name in _FIELDS[type(call)]:
         value = getattr(call, name)
+        if name == "given" and value is None:
+            continue  # What programs ask is known by the key that it had before requests could be passed through.
         body[name] = [m.wire() for m in value] if name == "messages" else value
     return body
 

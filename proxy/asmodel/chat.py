@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from opentelemetry.trace import Span
 from starlette.types import Receive, Scope, Send
@@ -58,8 +59,33 @@ def cache_policy(header: str, asked: wire.Extension) -> CachePolicy | None:
 _NO_LIMITS = Limits()
 
 
-class ChatCompletions:
-    """The route, as an ASGI application."""
+def limits_of(asked: wire.Extension) -> Limits:
+    given = asked.limits
+    if given is None:
+        return _NO_LIMITS
+    return Limits(calls=given.calls, tokens=given.tokens, cost=given.cost, seconds=given.seconds)
+
+
+class Request(Protocol):
+    """What every request for a model says."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def n(self) -> int | None: ...
+    @property
+    def stream(self) -> bool | None: ...
+    @property
+    def asmodel(self) -> wire.Extension: ...
+
+
+R = TypeVar("R", bound=Request)
+
+
+class Asking(ABC, Generic[R]):
+    """A route by which a model is asked, as an ASGI application; what its requests and answers look like is its own."""
+
+    path: ClassVar[str]
 
     def __init__(
         self,
@@ -87,7 +113,7 @@ class ChatCompletions:
         self._service.begin()
         try:
             with tracing.start_request(
-                "POST", "/v1/chat/completions", exchange.headers, force=self._access.may_force(exchange.headers)
+                "POST", self.path, exchange.headers, force=self._access.may_force(exchange.headers)
             ) as span:
                 exchange.span = span
                 await self._answered(exchange, span)
@@ -140,7 +166,7 @@ class ChatCompletions:
             raise InvalidRequest("the body should be sent as `Content-Type: application/json`")
         body = await exchange.body(self._body_bytes)
         try:
-            request = wire.read_chat(body, messages=self._messages)
+            request = self._read(body)
         except wire.TooManyMessages:
             self._service.meter.refused("messages")
             raise
@@ -153,7 +179,23 @@ class ChatCompletions:
         """End the runs that go on for clients who may come back."""
         await self._joined.close()
 
-    async def _answer(self, exchange: Exchange, request: wire.ChatRequest, body: bytes) -> str:
+    @abstractmethod
+    def _read(self, body: bytes) -> R:
+        """Raises InvalidRequest."""
+
+    @abstractmethod
+    def _asked(self, exchange: Exchange, request: R, model: Model, body: bytes) -> Asked:
+        """What it asks of the model. Raises InvalidRequest where that is nothing for such a model."""
+
+    @abstractmethod
+    def _body(self, exchange: Exchange, job: Job, id: str, created: int, outcomes: list[Outcome]) -> wire.Json:
+        """A whole answer."""
+
+    @abstractmethod
+    def _chunks(self, exchange: Exchange, job: Job, id: str, created: int) -> wire.Chunks:
+        """How the parts of an answer are written."""
+
+    async def _answer(self, exchange: Exchange, request: R, body: bytes) -> str:
         exchange.model = request.model
         self._check(request)
         model = self._service.models.find(request.model)
@@ -168,48 +210,19 @@ class ChatCompletions:
                     # Nobody else can ask for this run, so it is done here and ends with this request.
                     return await self._at_once(exchange, job, passes=passes)
                 if passes and await self._service.only_passes_on(job):
-                    return await Passing(exchange, self._service, job).run()
+                    return await Passing(exchange, self._service, job, self._chunks).run()
             answering = Answering(self._service, job, stream=True)
         job = exchange.job = answering.job
         if request.stream:
             progress = self._progress if request.asmodel.progress is None else request.asmodel.progress
-            return await _Stream(exchange, answering, progress=progress and isinstance(model, ServedProgram)).run()
+            chunks = self._chunks(exchange, job, answering.id, answering.created)
+            told = progress and isinstance(model, ServedProgram)
+            return await _Stream(exchange, answering, chunks, progress=told).run()
         async with answering.listening(_nothing):
             with exchange.present():
                 await asyncio.wait((answering.task,))
         passed = b"".join(e for e in answering.events if isinstance(e, bytes)) if answering.verbatim else None
         return await self._whole(exchange, answering.job, answering.id, answering.created, answering.outcomes(), passed)
-
-    def _asked(self, exchange: Exchange, request: wire.ChatRequest, model: Model, body: bytes) -> Asked:
-        headers, extension = exchange.headers, request.asmodel
-        limits = _NO_LIMITS
-        if (given := extension.limits) is not None:
-            limits = Limits(calls=given.calls, tokens=given.tokens, cost=given.cost, seconds=given.seconds)
-        program = isinstance(model, ServedProgram)
-        ignored: list[str] = []
-        if isinstance(model, ServedProgram):
-            wire.refuse_unsupported(request, model.program)
-            hints, shape, ignored = wire.split(request, model.program)
-        else:
-            hints, shape = request.passed_on, {}
-        return Asked(
-            messages=request.conversation,
-            documents=request.texts if program else (),
-            hints=hints,
-            shape=shape,
-            params=extension.params,
-            roles=extension.roles,
-            limits=limits,
-            cache=cache_policy(exchange.all_of("cache-control") if "cache-control" in headers else "", extension),
-            scope=exchange.caller.scope,
-            n=request.n or 1,
-            stream_asks=request.stream_asks if request.stream and not program else {},
-            ignored=tuple(ignored),
-            usage_asked=bool(request.stream_options and request.stream_options.include_usage),
-            identity=identity(headers),
-            retry=headers.get("x-stainless-retry-count", "0").strip() not in ("", "0"),
-            body=body,
-        )
 
     async def _joining(self, exchange: Exchange, asked: Asked, model: Model, body: bytes, *, stream: bool) -> Answering:
         """The run that the request's Idempotency-Key names, begun by this request or by an equal one."""
@@ -225,7 +238,7 @@ class ChatCompletions:
                 self._joined.add(asked.scope, asked.identity, body, found)
         return found
 
-    def _check(self, request: wire.ChatRequest) -> None:
+    def _check(self, request: R) -> None:
         if request.n is not None and request.n > self._n:
             self._service.meter.refused("n")
             raise InvalidRequest(f"`n`: at most {self._n}, not {request.n}", param="n")
@@ -265,12 +278,54 @@ class ChatCompletions:
         if passed is not None:
             await exchange.send(200, passed)
             return "ok"
-        choices = [wire.choice(i, o.answer, o.reply) for i, o in enumerate(outcomes)]
-        told = receipt(exchange, job, outcomes)
-        body = wire.completion(id, created, exchange.model, choices, tokens(job, outcomes), told)
-        await exchange.respond(200, body)
+        await exchange.respond(200, self._body(exchange, job, id, created, outcomes))
         await _delivered(exchange, job)
         return "ok"
+
+
+class ChatCompletions(Asking[wire.ChatRequest]):
+    """`POST /v1/chat/completions`."""
+
+    path = "/v1/chat/completions"
+
+    def _read(self, body: bytes) -> wire.ChatRequest:
+        return wire.read_chat(body, messages=self._messages)
+
+    def _asked(self, exchange: Exchange, request: wire.ChatRequest, model: Model, body: bytes) -> Asked:
+        headers, extension = exchange.headers, request.asmodel
+        program = isinstance(model, ServedProgram)
+        ignored: list[str] = []
+        if isinstance(model, ServedProgram):
+            wire.refuse_unsupported(request, model.program)
+            hints, shape, ignored = wire.split(request, model.program)
+        else:
+            hints, shape = request.passed_on, {}
+        return Asked(
+            messages=request.conversation,
+            documents=request.texts if program else (),
+            hints=hints,
+            shape=shape,
+            params=extension.params,
+            roles=extension.roles,
+            limits=limits_of(extension),
+            cache=cache_policy(exchange.all_of("cache-control") if "cache-control" in headers else "", extension),
+            scope=exchange.caller.scope,
+            n=request.n or 1,
+            stream_asks=request.stream_asks if request.stream and not program else {},
+            ignored=tuple(ignored),
+            usage_asked=bool(request.stream_options and request.stream_options.include_usage),
+            identity=identity(headers),
+            retry=headers.get("x-stainless-retry-count", "0").strip() not in ("", "0"),
+            body=body,
+        )
+
+    def _body(self, exchange: Exchange, job: Job, id: str, created: int, outcomes: list[Outcome]) -> wire.Json:
+        choices = [wire.choice(i, o.answer, o.reply) for i, o in enumerate(outcomes)]
+        told = receipt(exchange, job, outcomes)
+        return wire.completion(id, created, exchange.model, choices, tokens(job, outcomes), told)
+
+    def _chunks(self, exchange: Exchange, job: Job, id: str, created: int) -> wire.Chunks:
+        return wire.Chunks(id, created, exchange.model, include_usage=job.asked.usage_asked)
 
 
 async def _delivered(exchange: Exchange, job: Job) -> None:
@@ -345,11 +400,18 @@ class Passing(Speaking):
     A client that reads slowly makes its upstream wait, once more than `connections.UNREAD_BYTES` are on their way.
     """
 
-    __slots__ = ("_exchange", "_job", "_service")
+    __slots__ = ("_chunks", "_exchange", "_job", "_service")
 
-    def __init__(self, exchange: Exchange, service: Service, job: Job) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        service: Service,
+        job: Job,
+        chunks: Callable[[Exchange, Job, str, int], wire.Chunks],
+    ) -> None:
         super().__init__()
         self._exchange = exchange
+        self._chunks = chunks
         self._service = service
         self._job = job
 
@@ -380,7 +442,10 @@ class Passing(Speaking):
         if not self.opened:
             await self.open()
         # Of an upstream that promised its own bytes and gave none, what it answered.
-        data = wire.DONE if self.written else as_stream(exchange.model, self._job, outcome)
+        data = wire.DONE
+        if not self.written:
+            chunks = self._chunks(exchange, self._job, f"chatcmpl-{new_id(96)}", int(time.time()))
+            data = as_stream(chunks, self._job, outcome)
         await exchange.write(data, last=True)
         return "ok"
 
@@ -389,24 +454,23 @@ async def _unheard(delta: Delta) -> None:
     """Of a stream whose bytes are passed on."""
 
 
-def as_stream(model: str, job: Job, outcome: Outcome) -> bytes:
+def as_stream(chunks: wire.Chunks, job: Job, outcome: Outcome) -> bytes:
     """A whole answer as a stream would have brought it."""
-    id, created, said = f"chatcmpl-{new_id(96)}", int(time.time()), wire.Said()
-    chunks = wire.Chunks(id, created, model, include_usage=job.asked.usage_asked)
+    said = wire.Said()
     rest = {"role": "assistant", "content": "", **said.rest(outcome.answer, outcome.reply)}
-    end = chunks.delta(0, {}, wire.finish_reason(outcome.answer), logprobs=wire.logprobs(outcome.reply))
+    end = chunks.delta(0, {}, wire.finish_reason(outcome.answer), logprobs=chunks.logprobs(0, outcome.reply))
     return chunks.delta(0, rest) + end + chunks.usage(tokens(job, [outcome])) + wire.DONE
 
 
 class _Stream:
     """One streamed response: what the run has emitted, written at the pace of this client."""
 
-    def __init__(self, exchange: Exchange, answering: Answering, *, progress: bool) -> None:
+    def __init__(self, exchange: Exchange, answering: Answering, chunks: wire.Chunks, *, progress: bool) -> None:
         job = answering.job
         self._exchange = exchange
         self._answering = answering
         self._job = job
-        self._chunks = wire.Chunks(answering.id, answering.created, exchange.model, include_usage=job.asked.usage_asked)
+        self._chunks = chunks
         self._progress = progress
         self._stirred = asyncio.Event()
         self._written = 0
@@ -553,7 +617,7 @@ class _Stream:
                     {},
                     wire.finish_reason(outcome.answer),
                     # Whole at the end: what arrives as it is generated carries none.
-                    logprobs=wire.logprobs(outcome.reply),
+                    logprobs=self._chunks.logprobs(i, outcome.reply),
                     receipt=everything if i == len(outcomes) - 1 else None,
                 )
             )

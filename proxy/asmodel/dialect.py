@@ -7,8 +7,11 @@ log-probabilities on completions (llama.cpp), errors inside a 200 (OpenRouter).
 
 from __future__ import annotations
 
+import base64
 import math
 import re
+import sys
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
@@ -23,12 +26,14 @@ from asmodel.calls import (
     Completion,
     Delta,
     Embed,
+    Given,
     Reply,
     Score,
     TokenLogprob,
     ToolCall,
     ToolCallDelta,
     Usage,
+    pieces,
 )
 from asmodel.errors import (
     Unsupported,
@@ -70,9 +75,9 @@ def body_of(call: Chat | Completion | Embed, model: str, *, stream: bool = False
         if call.tools:
             body["tools"] = list(call.tools)
     elif isinstance(call, Completion):
-        body["prompt"] = call.prompt
+        body["prompt"] = call.prompt if call.given is None else call.given
     else:
-        body["input"] = list(call.texts)
+        body["input"] = list(call.texts) if call.given is None else call.given
     if stream:
         body["stream"] = True
         body["stream_options"] = {**mapping(call.params.get("stream_options")), "include_usage": True}
@@ -107,6 +112,10 @@ def estimated_tokens(text: str) -> int:
     return math.ceil(len(text) / 4)
 
 
+def _given_tokens(given: Given) -> int:
+    return sum(estimated_tokens(piece) if isinstance(piece, str) else len(piece) for piece in pieces(given))
+
+
 def estimated_usage(call: Call, reply: Reply) -> Usage:
     """What a call has probably used, marked as an estimate."""
     if isinstance(call, Chat):
@@ -117,11 +126,11 @@ def estimated_usage(call: Call, reply: Reply) -> Usage:
         )
         asked += sum(len(orjson.dumps(part)) // 4 for part in (call.schema, *call.tools) if part)
     elif isinstance(call, Completion):
-        asked = estimated_tokens(call.prompt)
+        asked = _given_tokens(call.prompt if call.given is None else call.given)
     elif isinstance(call, Score):
         asked = estimated_tokens(call.context + call.continuation)
     else:
-        asked = sum(estimated_tokens(text) for text in call.texts)
+        asked = _given_tokens(call.texts if call.given is None else call.given)
     reasoning = estimated_tokens(reply.reasoning)
     said = "".join([reply.text, reply.refusal or "", *(c.name + c.arguments for c in reply.tool_calls)])
     return Usage(
@@ -399,24 +408,54 @@ def first_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _embedded(body: Mapping[str, Any], call: Embed, upstream: str) -> Reply:
-    data = body.get("data")
-    if not isinstance(data, Sequence) or len(cast("Sequence[object]", data)) != len(call.texts):
-        raise ValueError(f"it does not hold one embedding for each of the {len(call.texts)} texts")
-    vectors: list[tuple[float, ...] | None] = [None] * len(call.texts)
-    for place, item in enumerate(cast("Sequence[object]", data)):
-        entry = mapping(item)
+    size = call.size
+    vectors: list[tuple[float, ...] | None] = [None] * size
+    for place, entry in enumerate(_vectors(body, size)):
         index = _count(entry.get("index"))
-        vector = entry.get("embedding")
-        if not isinstance(vector, Sequence) or isinstance(vector, (str, bytes)):
-            raise ValueError("an embedding is not a list of numbers")
-        numbers = cast("Any", vector)
         try:
-            vectors[place if index is None else index] = tuple(float(x) for x in numbers)
-        except (TypeError, ValueError, IndexError) as error:
-            raise ValueError("an embedding is not a list of numbers, or is out of place") from error
+            vectors[place if index is None else index] = _vector(entry.get("embedding"))
+        except IndexError as error:
+            raise ValueError("an embedding is out of place") from error
     if any(vector is None for vector in vectors):
         raise ValueError("it has two embeddings for one text")
     found = tuple(v for v in vectors if v is not None)
+    return _of_vectors(body, call, found, upstream)
+
+
+def unread(body: Mapping[str, Any], call: Embed, *, upstream: str = "") -> Reply:
+    """The reply of a body of embeddings that is passed on as it came: its vectors, which may be millions of numbers,
+    are counted and not read. Raises ValueError where there are not as many as there should be.
+    """
+    _vectors(body, call.size)
+    return _of_vectors(body, call, (), upstream)
+
+
+def _vectors(body: Mapping[str, Any], size: int) -> Sequence[Mapping[str, Any]]:
+    data = body.get("data")
+    if not isinstance(data, Sequence) or len(cast("Sequence[object]", data)) != size:
+        raise ValueError(f"it does not hold one embedding for each of the {size} texts")
+    return [mapping(item) for item in cast("Sequence[object]", data)]
+
+
+def _vector(given: object) -> tuple[float, ...]:
+    """A vector, as numbers or as base64 of their 32 bits each, the lowest byte first."""
+    if isinstance(given, str):
+        try:
+            numbers = array("f", base64.b64decode(given, validate=True))
+        except ValueError as error:
+            raise ValueError("an embedding is text, and no base64 of numbers") from error
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        return tuple(numbers)
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise ValueError("an embedding is not a list of numbers")
+    try:
+        return tuple(float(cast("Any", x)) for x in cast("Sequence[object]", given))
+    except (TypeError, ValueError) as error:
+        raise ValueError("an embedding is not a list of numbers") from error
+
+
+def _of_vectors(body: Mapping[str, Any], call: Embed, found: tuple[tuple[float, ...], ...], upstream: str) -> Reply:
     reply = Reply(embeddings=found, model=_string(body.get("model")), upstream=upstream)
     return replace(reply, usage=usage_of(body.get("usage"), call, reply))
 

@@ -57,7 +57,7 @@ def beginnings(call: Call, scope: str = "") -> list[bytes]:
 
 def _shown(call: Chat | Completion | Score) -> Iterator[bytes]:
     if isinstance(call, Completion):
-        yield _bytes(call.prompt)
+        yield _bytes(call.prompt) if call.given is None else canonical(call.given)
     elif isinstance(call, Score):
         yield _bytes(call.context)
         yield _bytes(call.continuation)

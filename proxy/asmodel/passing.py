@@ -615,7 +615,10 @@ class Request(Speaking):
         budget = Budget(usage=told.usage)
         job = Job(id=self._run, model=self._way.model, asked=asked, budget=budget)
         answer = Answer(text="", finish=told.finish)
-        return as_stream(self._way.model.name, job, Outcome(answer=answer, reply=reply))
+        chunks = wire.Chunks(
+            f"chatcmpl-{new_id(96)}", int(time.time()), self._way.model.name, include_usage=self._usage_asked
+        )
+        return as_stream(chunks, job, Outcome(answer=answer, reply=reply))
 
     def _ended_well(self, span: Identified, told: Told) -> None:
         tracing.record_status(span, 200)

@@ -10,12 +10,16 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from asmodel import access, chat, connections, effects, errors, exchange, passing, routes, wire
+from pydantic import BaseModel
+
+from asmodel import access, chat, completions, connections, effects, errors, exchange, passing, routes, wire
 from asmodel.errors import AsmodelError
 from asmodel.settings import IdempotencySettings, LimitsSettings
 
 ROUTES: Mapping[str, str] = {
     "POST /v1/chat/completions": "an answer, whole or as a stream; of programs and of passed-through upstreams",
+    "POST /v1/completions": "raw text continued, whole or as a stream; of upstreams alone",
+    "POST /v1/embeddings": "vectors of texts; of upstreams alone",
     "GET /v1/models": "programs, presets and upstreams; under `asmodel` what each is and, of a program, its "
     "description, "
     "the digest of its source, what it supports, and the JSON schema of its parameters",
@@ -27,6 +31,7 @@ ROUTES: Mapping[str, str] = {
     "GET /runs/{id}": "one of the last runs, on that page",
     "GET /front/{name}": "a part of that page: for the page alone, and as it needs it",
     "GET /front/runs/{id}": "the same",
+    "GET /openapi.json": "all this for machines, by OpenAPI 3.1, as it is with the settings of this server",
 }
 """Every route. What is not among them is a 404 in the error envelope; another method is a 405."""
 
@@ -156,6 +161,21 @@ in it that does not exist is refused.
 
 {_table(("field", "what it does"), _extension())}
 
+## Completions of raw text, and embeddings
+
+Of upstreams alone; the name of a program is a 400, and so is an upstream that has none, with the names of those that
+do. An upstream that speaks OpenAI's API is sent the body as it came, fields that are not in these tables too, and its
+own bytes come back. Where it speaks another format, or a cache is asked (`asmodel.cache`, `Cache-Control`; by default
+none is), each choice of each prompt is a call of its own, kept by itself; all that is embedded by one request is one
+call. What a list may hold at most is `[limits] messages`.
+
+{_table(("`POST /v1/completions`", "what it may be"), _passed(completions.CompletionRequest))}
+
+{_table(("`POST /v1/embeddings`", "what it may be"), _passed(completions.EmbeddingRequest))}
+
+The embedded model does both. It does not take `echo`, `suffix`, `best_of`, nor `dimensions` other than its own; its
+vectors are those of the last token of a model that was not made for it, good for a try.
+
 ## Answers
 
 **Of a program**, a `chat.completion` as OpenAI's, with the receipt under `asmodel`: `request_id`, `trace_id`,
@@ -220,7 +240,7 @@ of a program, with the receipt beside it. Where an upstream gives a `code` of it
 it is asked is a 502 with `upstream_model_not_found`, `insufficient_quota` or `upstream_not_implemented`, not worth a
 retry.
 
-{_table(("status", "code", "type", "SDKs ask again", "when"), _errors())}
+{_table(("status", "code", "type", "SDKs ask again", "when"), errors_told())}
 """)
 
 
@@ -259,6 +279,19 @@ def _parameters() -> Iterable[tuple[str, str, str, str]]:
             else:
                 program = "ignored"
         yield f"`{name}`", may_be, program, upstream
+
+
+def _passed(kind: type[BaseModel]) -> Iterable[tuple[str, str]]:
+    schema = kind.model_json_schema()
+    for name in kind.model_fields:
+        may_be = _words(schema["properties"][name], schema["$defs"])
+        if name in ("prompt", "input"):
+            may_be = "text, a list of text, a list of token numbers, or a list of such lists"
+        elif name == "asmodel":
+            may_be = "an object: `cache` and `limits` of it; taken off before the upstream is asked"
+        elif choices := [c["enum"] for c in schema["properties"][name].get("anyOf", ()) if "enum" in c]:
+            may_be = " or ".join(f"`{choice}`" for choice in choices[0])
+        yield f"`{name}`", may_be
 
 
 def _parts() -> str:
@@ -327,7 +360,8 @@ def _resolved(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapp
 _TREE = re.compile(r"^[│├└─ ]*(\w+) +(?:\d{3}|---) +(.+)$", re.MULTILINE)
 
 
-def _errors() -> Iterable[tuple[str, str, str, str, str]]:
+def errors_told() -> Iterable[tuple[str, str, str, str, str]]:
+    """Of every error: status, code, type, whether SDKs ask again, and when it is."""
     told = dict(_TREE.findall(errors.__doc__ or ""))
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AsmodelError)]
     kinds += [access.Unauthorized, exchange.BodyTimeout, routes.RouteNotFound, routes.MethodNotAllowed]

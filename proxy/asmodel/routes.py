@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -75,6 +76,26 @@ class Later:
         if made is None:
             made = self._made = await asyncio.to_thread(self._make)
         await made(scope, receive, send)
+
+
+class Contract:
+    """`GET /openapi.json`. The document is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], dict[str, Any]], access: Access) -> None:
+        self._make = make
+        self._access = access
+        self._made: bytes | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        try:
+            self._access.admit(exchange.headers)
+        except AsmodelError as error:
+            await exchange.refuse(error)
+            return
+        if self._made is None:
+            self._made = await asyncio.to_thread(lambda: orjson.dumps(self._make()))
+        await exchange.send(200, self._made)
 
 
 class Probe:

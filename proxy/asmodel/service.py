@@ -7,23 +7,46 @@ import hashlib
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import orjson
 from opentelemetry import trace
 
 from asmodel import effects, structured, tracing
 from asmodel.budget import Budget, Limits
-from asmodel.calls import JSON, CachePolicy, Chat, Document, Emit, Message, Reply, Terms
+from asmodel.calls import (
+    JSON,
+    CachePolicy,
+    Call,
+    Capabilities,
+    Chat,
+    Completion,
+    Document,
+    Embed,
+    Emit,
+    Given,
+    Message,
+    Reply,
+    Terms,
+    pieces,
+)
 from asmodel.deliveries import Deliveries, Delivery
 from asmodel.effects import Journal
-from asmodel.errors import AsmodelError, Draining, InvalidRequest, LimitExceeded, ProgramError
+from asmodel.errors import (
+    AsmodelError,
+    Draining,
+    InvalidRequest,
+    LimitExceeded,
+    ProgramError,
+    Unsupported,
+    UpstreamError,
+)
 from asmodel.ids import new_id
 from asmodel.meter import UNMEASURED, Meter
-from asmodel.models import Model, Models, RoleCast, ServedProgram
+from asmodel.models import Model, Models, RoleCast, ServedProgram, ServedUpstream
 from asmodel.planning import Plan, foresee
 from asmodel.programs import Answer, Program
 from asmodel.progress import Progress
@@ -51,11 +74,35 @@ def own_fault(error: Exception) -> AsmodelError:
     return AsmodelError(f"asmodel itself failed ({type(error).__name__}); its log says where")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raw:
+    """What a request asks to have continued, `n` times each, or embedded: of upstreams alone."""
+
+    kind: Literal["completion", "embed"]
+    given: Given
+    n: int = 1
+
+    def call(self, identity: str, params: Mapping[str, JSON], *, choice: int | None, draw: str | None) -> Call:
+        """The call for one choice, numbered as OpenAI has it, or for all of them at once."""
+        given = self.given
+        if self.kind == "embed":
+            several = not isinstance(given, str) and isinstance(given[0], str)
+            texts = tuple(cast("Sequence[str]", given)) if several else ()
+            return Embed(identity=identity, texts=texts, params=params, given=None if several else given)
+        if choice is not None:
+            given = pieces(given)[choice // self.n]
+        if isinstance(given, str):
+            return Completion(identity=identity, prompt=given, params=params, draw=draw)
+        return Completion(identity=identity, prompt="", params=params, draw=draw, given=given)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """One request, whatever route it came by."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    raw: Raw | None = None
+    """What is asked in place of messages."""
     documents: tuple[Document, ...] = ()
     hints: Mapping[str, JSON] = field(default_factory=dict[str, Any])
     shape: Mapping[str, JSON] = field(default_factory=dict[str, Any])
@@ -189,6 +236,8 @@ class Service:
             )
         if not self.ready.is_set():
             await self._loaded()
+        if asked.raw is not None and not isinstance(model, ServedProgram):
+            await self._refuse_unable(model, asked.raw)
         if isinstance(model, ServedProgram):
             effects.check(
                 model.program,
@@ -237,6 +286,20 @@ class Service:
             raise Draining("the server is still loading", code="loading", retry_after=5.0) from None
         if self.draining:
             raise stopping()
+
+    async def _refuse_unable(self, model: ServedUpstream, raw: Raw) -> None:
+        able, what = _RAW[raw.kind]
+        if able(await model.upstream.capabilities()):
+            return
+        others: list[str] = []
+        for name, upstream in self.models.upstreams.items():
+            with suppress(UpstreamError):  # Of one that cannot say just now, it is not said.
+                if able(await upstream.capabilities()):
+                    others.append(name)
+        raise Unsupported(
+            f'upstream "{model.name}" gives no {what}; upstreams that do: {", ".join(sorted(others)) or "none"}',
+            param="model",
+        )
 
     async def plan(self, name: str, asked: Asked) -> Plan:
         """What answering would find in the cache, and what it would buy; nothing is bought."""
@@ -323,7 +386,9 @@ class Service:
     ) -> Outcome:
         model, asked = job.model, job.asked
         cache = self._policy(model, asked)
-        path = str(choice) if job.delivery is None else job.delivery.path(choice)
+        # Of several prompts, each has draws of its own.
+        nth = choice if asked.raw is None else choice % asked.raw.n
+        path = str(nth) if job.delivery is None else job.delivery.path(nth)
         if isinstance(model, ServedProgram):
             journal = None
             if asked.identity is not None and self._journals is not None:
@@ -374,18 +439,25 @@ class Service:
         params = {**asked.hints, **asked.shape}
         if verbatim is not None and emit is not None and asked.stream_asks:
             params["stream_options"] = dict(asked.stream_asks)
-        tools = params.pop("tools", None) or ()
-        call = Chat(
-            identity=model.upstream.identity,
-            messages=asked.messages,
-            params=params,
-            tools=tuple(tools),  # type: ignore[arg-type]  # a list of objects, as the wire has checked
-            draw=None if params.get("temperature") == 0 else path,
-        )
+        drawn = params.get("temperature") != 0 and (asked.raw is None or asked.raw.kind != "embed")
+        draw = path if drawn else None
+        identity = model.upstream.identity
+        if asked.raw is not None:
+            one = None if verbatim is not None else choice
+            call = asked.raw.call(identity, params, choice=one, draw=draw)
+        else:
+            tools = params.pop("tools", None) or ()
+            call = Chat(
+                identity=identity,
+                messages=asked.messages,
+                params=params,
+                tools=tuple(tools),  # type: ignore[arg-type]  # a list of objects, as the wire has checked
+                draw=draw,
+            )
         terms = Terms(
             emit=emit,
             verbatim=verbatim,
-            n=asked.n if verbatim is not None else 1,
+            n=1 if verbatim is None else asked.n if asked.raw is None else asked.raw.n,
             usage_asked=asked.usage_asked,
             run_id=job.id,
             step=model.name,
@@ -400,7 +472,7 @@ class Service:
             step = (
                 nullcontext(trace.INVALID_SPAN)
                 if cache.mode == "off"
-                else tracing.step_span(model.name, program="", kind=call.kind, draw=call.draw)
+                else tracing.step_span(model.name, program="", kind=call.kind, draw=draw)
             )
             with step as span, self.meter.step("", model.name) as timing:
                 reply = await model.upstream.send(call, terms)
@@ -416,6 +488,12 @@ class Service:
             job.budget.joined += 1
         answer = Answer(text=reply.text, finish=reply.finish, tool_calls=reply.tool_calls)
         return Outcome(answer=answer, reply=reply)
+
+
+_RAW: Mapping[str, tuple[Callable[[Capabilities], bool], str]] = {
+    "completion": (lambda can: can.completion, "completions of raw text"),
+    "embed": (lambda can: can.embeddings, "embeddings"),
+}
 
 
 async def _ended(run: Run[Any]) -> Answer:

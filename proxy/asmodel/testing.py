@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import hashlib
 import inspect
 import math
@@ -38,6 +39,7 @@ from asmodel.calls import (
     Terms,
     TokenLogprob,
     ToolCallDelta,
+    pieces,
 )
 from asmodel.conformance import check_cache as check_cache
 from asmodel.dialect import estimated_usage
@@ -687,7 +689,7 @@ class ToyModel:
             return self._ids[token]
 
     def text_of(self, number: int) -> str:
-        return self._texts[number]
+        return self._texts[number] if 0 <= number < len(self._texts) else f" token{number}"
 
     def pieces(self, text: str) -> list[dict[str, Any]]:
         """The tokens by number, as llama.cpp gives them; a character beyond U+FFFF is two, each a part of it."""
@@ -702,7 +704,7 @@ class ToyModel:
         return out
 
     def is_part(self, number: int) -> bool:
-        return "#" in self._texts[number][1:]
+        return "#" in self.text_of(number)[1:]
 
     def everything(self, before: Sequence[str]) -> list[dict[str, Any]]:
         """Every token that was ever numbered, with its log-probability after `before`."""
@@ -749,7 +751,7 @@ class _Generating:
 
     def __init__(self, toy: ToyModel, scores: Scores, *, chat: bool, body: dict[str, Any], usage: bool) -> None:
         self._toy = toy
-        self._scores = scores
+        self._scores: Scores = scores
         self._chat = chat
         self._body = body
         self._usage = usage
@@ -781,7 +783,24 @@ class _Generating:
             return dict(answer)
         if self._chat:
             return self._chat_body(answer)
-        return self._completion_body(answer)
+        given: Any = self._body.get("prompt")
+        prompts = _prompts(given)
+        n = int(self._body.get("n") or 1)
+        if prompts == [given] and n == 1:
+            return self._completion_body(answer)
+        bodies = [
+            _Generating(
+                self._toy, self._scores, chat=False, body={**self._body, "prompt": prompt, "n": 1}, usage=self._usage
+            ).body_of(answer)
+            for prompt in prompts
+            for _ in range(n)
+        ]
+        whole = dict(bodies[0])
+        whole["choices"] = [{**body["choices"][0], "index": place} for place, body in enumerate(bodies)]
+        if self._usage:
+            counted = ("prompt_tokens", "completion_tokens", "total_tokens")
+            whole["usage"] |= {name: sum(body["usage"][name] for body in bodies) for name in counted}
+        return whole
 
     def _frame(self, choice: dict[str, Any], generated: int) -> dict[str, Any]:
         digest = hashlib.sha256(orjson.dumps(self._body, option=orjson.OPT_SORT_KEYS)).hexdigest()
@@ -903,6 +922,12 @@ class _Generating:
         return out
 
 
+def _prompts(given: Any) -> list[Any]:
+    """The prompts of a completion: one, of text or of tokens or, llama.cpp's way, of both; or a list of them."""
+    parts: list[Any] = cast("list[object]", given) if isinstance(given, list) else []
+    return parts if parts and not any(isinstance(part, int) for part in parts) else [given]
+
+
 def _prompt_text(body: Mapping[str, Any]) -> str:
     prompt = body.get("prompt")
     if isinstance(prompt, str):
@@ -920,13 +945,16 @@ def _prompt_text(body: Mapping[str, Any]) -> str:
 
 
 def _embeddings(toy: ToyModel, body: Mapping[str, Any]) -> dict[str, Any]:
-    given = body.get("input")
-    texts = [given] if isinstance(given, str) else [str(t) for t in cast("list[object]", given or [])]
+    given: Any = body.get("input")
+    texts = [piece if isinstance(piece, str) else "".join(map(toy.text_of, piece)) for piece in pieces(given)]
     data: list[dict[str, Any]] = []
     for index, text in enumerate(texts):
         raw = [byte / 127.5 - 1 for byte in hashlib.sha256(text.encode()).digest()[:8]]
         length = math.sqrt(math.fsum(x * x for x in raw))
-        data.append({"object": "embedding", "index": index, "embedding": [x / length for x in raw]})
+        vector: list[float] | str = [x / length for x in raw]
+        if body.get("encoding_format") == "base64":
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": vector})
     asked = sum(len(toy.tokens(text)) for text in texts)
     usage = {"prompt_tokens": asked, "total_tokens": asked}
     return {"object": "list", "data": data, "model": body.get("model", "scripted"), "usage": usage}

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import orjson
 
-from asmodel.calls import Call, Chat, Completion, Message, Reply, Score, ToolCall
+from asmodel.calls import Call, Chat, Completion, Given, Message, Reply, Score, ToolCall, pieces
 
 log = logging.getLogger("asmodel.tracing")
 
@@ -108,14 +108,21 @@ class Content:
                 _fitted(tools, self.limit) if tools else None,
             )
         if isinstance(call, Completion):
-            return None, _fitted([self._said("user", "prompt", call.prompt)], self.limit), None
+            prompts = self._given("prompt", call.prompt if call.given is None else call.given)
+            return None, _fitted(prompts, self.limit), None
         if isinstance(call, Score):
             given = [
                 self._said("user", "context", call.context),
                 self._said("assistant", "continuation", call.continuation),
             ]
             return None, _fitted(given, self.limit), None
-        return None, _fitted([self._said("user", "input", text) for text in call.texts], self.limit), None
+        inputs = self._given("input", call.texts if call.given is None else call.given)
+        return None, _fitted(inputs, self.limit), None
+
+    def _given(self, what: Kind, given: Given) -> list[dict[str, Any]]:
+        """Of tokens, which are numbers that say nothing to a reader, how many they are."""
+        texts = (text if isinstance(text, str) else f"[{len(text)} tokens]" for text in pieces(given))
+        return [self._said("user", what, text) for text in texts]
 
     def messages(self, messages: Sequence[Message]) -> str:
         return _fitted([self._message(message) for message in messages], self.limit)

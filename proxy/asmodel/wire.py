@@ -10,7 +10,7 @@ import base64
 import binascii
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast
 from urllib.parse import unquote_to_bytes
 
 import orjson
@@ -161,10 +161,33 @@ class Extension(BaseModel):
     limits: AskedLimits | None = None
 
 
-class ChatRequest(BaseModel):
-    """The body of `POST /v1/chat/completions`. What has no name here is kept, and passed on or listed as ignored."""
+class Body(BaseModel):
+    """The body of a request for a model. What has no name in it is kept."""
 
     model_config = ConfigDict(extra="allow")
+
+    @classmethod
+    def of(cls, sent: Json) -> Self:
+        """Raises pydantic's ValidationError."""
+        request = cls.model_validate(sent)
+        # Beside the fields, and no private attribute of pydantic's, which costs as much as all of them together.
+        vars(request)[_SENT] = sent
+        return request
+
+    @property
+    def _sent(self) -> Json:
+        """The body as it came: what is passed on is that, and not what validation made of it (1 would be 1.0)."""
+        return cast("Json", self.__dict__.get(_SENT, {}))
+
+    @property
+    def stream_asks(self) -> Json:
+        """What is asked of the stream besides its usage: for an upstream whose own stream is the answer."""
+        return stream_asks(self._sent)
+
+
+class ChatRequest(Body):
+    """The body of `POST /v1/chat/completions`. What has no name here is passed on, or listed as ignored."""
+
     model: Name
     messages: Annotated[list[WireMessage], Field(min_length=1, fail_fast=True)]
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
@@ -205,19 +228,6 @@ class ChatRequest(BaseModel):
     documents: list[Any] | None = None
     asmodel: Extension = Field(default_factory=Extension)
 
-    @classmethod
-    def of(cls, sent: Json) -> ChatRequest:
-        """Raises pydantic's ValidationError."""
-        request = cls.model_validate(sent)
-        # Beside the fields, and no private attribute of pydantic's, which costs as much as all of them together.
-        vars(request)[_SENT] = sent
-        return request
-
-    @property
-    def _sent(self) -> Json:
-        """The body as it came: what is passed on is that, and not what validation made of it (1 would be 1.0)."""
-        return cast("Json", self.__dict__.get(_SENT, {}))
-
     @property
     def asked(self) -> Json:
         """Every parameter that was sent and is not ours to act on: null counts as absent, as OpenAI has it."""
@@ -227,11 +237,6 @@ class ChatRequest(BaseModel):
     def passed_on(self) -> Json:
         """What an upstream is given that is passed through: all but what is asmodel's own, null included."""
         return passed_on(self._sent)
-
-    @property
-    def stream_asks(self) -> Json:
-        """What is asked of the stream besides its usage: for an upstream whose own stream is the answer."""
-        return stream_asks(self._sent)
 
     @property
     def conversation(self) -> tuple[Message, ...]:
@@ -318,19 +323,35 @@ def read_chat(body: bytes, *, messages: int | None = None) -> ChatRequest:
 
     More `messages` than that are not even looked at.
     """
+    sent = _object(body, "messages")
+    given = cast("list[Any]", sent["messages"]) if isinstance(sent.get("messages"), list) else []
+    if messages is not None and len(given) > messages:
+        raise TooManyMessages(f"`messages`: at most {messages}, not {len(given)}", param="messages")
+    return _checked(ChatRequest, sent)
+
+
+Read = TypeVar("Read", bound=Body)
+
+
+def read(kind: type[Read], body: bytes, *, beside: str) -> Read:
+    """Read another request, for a model and what is `beside` it; as `read_chat`."""
+    return _checked(kind, _object(body, beside))
+
+
+def _object(body: bytes, beside: str) -> Json:
     try:
         data: Any = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not JSON: {error.msg} at byte {error.pos}") from None
     if not isinstance(data, dict):
-        raise InvalidRequest("the body should be a JSON object with `model` and `messages`")
-    sent = cast("Json", data)
-    given = cast("list[Any]", sent["messages"]) if isinstance(sent.get("messages"), list) else []
-    if messages is not None and len(given) > messages:
-        raise TooManyMessages(f"`messages`: at most {messages}, not {len(given)}", param="messages")
+        raise InvalidRequest(f"the body should be a JSON object with `model` and `{beside}`")
+    return cast("Json", data)
+
+
+def _checked(kind: type[Read], sent: Json) -> Read:
     check_size(sent)
     try:
-        return ChatRequest.of(sent)
+        return kind.of(sent)
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False, include_input=False), sent) from None
 
@@ -640,8 +661,10 @@ def completion(id: str, created: int, model: str, choices: Sequence[Json], token
 class Chunks:
     """The chunks of one stream, as bytes of server-sent events; all share id, time and model."""
 
+    object: ClassVar[str] = "chat.completion.chunk"
+
     def __init__(self, id: str, created: int, model: str, *, include_usage: bool) -> None:
-        self._head = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
+        self._head = {"id": id, "object": self.object, "created": created, "model": model}
         self._include_usage = include_usage
 
     def delta(
@@ -662,6 +685,10 @@ class Chunks:
         if receipt is not None:
             body["asmodel"] = receipt
         return event(body)
+
+    def logprobs(self, index: int, reply: Reply | None) -> Json | None:
+        """Of a whole choice."""
+        return logprobs(reply)
 
     def usage(self, tokens: Json) -> bytes:
         """The chunk before the end, for those who asked: no choices, the usage."""
