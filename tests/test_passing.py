@@ -550,6 +550,8 @@ async def test_who_waits_for_a_turn_is_told_of_alike(tmp_path: Path) -> None:
         (request({**ASKED, "temperature": 3}), 400),
         (request({**ASKED, "messages": []}), 400),
         (request({**ASKED, "messages": [{"role": "user", "content": 1}]}), 400),
+        (request({**ASKED, "messages": [{"role": [], "content": "x"}]}), 400),
+        (request({**ASKED, "model": {}}), 400),
         (request(b"{"), 400),
         (request(b"[]"), 400),
         (request(b'"' + b"x" * 70_000 + b'"'), 400),
@@ -579,7 +581,7 @@ async def test_what_gathers_and_what_captures_is_seen_on_the_long_way(
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
 VALUES = st.none() | st.booleans() | st.integers(-3, 9) | st.floats(-3, 3) | TEXTS | st.lists(TEXTS, max_size=2)
 MESSAGES = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "tool", "nobody"]), "content": TEXTS | st.none()},
+    {"role": st.sampled_from(["system", "user", "assistant", "tool", "nobody"]) | VALUES, "content": TEXTS | VALUES},
     optional={"name": TEXTS, "x": VALUES},
 )
 BODIES = st.fixed_dictionaries(

@@ -647,7 +647,11 @@ class Stream:
                 if self.done:
                     break
                 usage = assembly.usage
-                self._hold(data)
+                chunk = self._read(data)
+                try:
+                    assembly.hold(chunk)
+                except ValueError as error:
+                    raise _Unreadable(str(error)) from error
                 # We ask every stream for its usage; a client that did not is not shown the chunk that brings it.
                 if hides and assembly.usage is not usage and _is_usage_alone(data):
                     continue
@@ -683,14 +687,6 @@ class Stream:
         except ValueError as error:
             raise _Unreadable(str(error)) from error
 
-    def _hold(self, data: bytes) -> None:
-        """Read an event whose bytes are passed on."""
-        chunk = self._read(data)
-        try:
-            self.assembly.hold(chunk)
-        except ValueError as error:
-            raise _Unreadable(str(error)) from error
-
     def _read(self, data: bytes) -> dict[str, Any]:
         try:
             chunk: Any = orjson.loads(data)
@@ -698,9 +694,10 @@ class Stream:
             chunk = None
         if not isinstance(chunk, dict):
             raise _Unreadable("an event is not a JSON object")
-        if "error" in chunk:
-            self._look_for_error(cast("dict[str, Any]", chunk))
-        return cast("dict[str, Any]", chunk)
+        found: dict[str, Any] = chunk
+        if "error" in found:
+            self._look_for_error(found)
+        return found
 
 
 def _is_usage_alone(data: bytes) -> bool:

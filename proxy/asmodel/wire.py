@@ -412,7 +412,7 @@ def usual(sent: Json) -> list[Json] | None:
         if kind is not dict or len(message) != 2:
             return None
         role, content = message.get("role"), message.get("content")
-        if type(content) is not str or role not in _ROLES:
+        if type(content) is not str or type(role) is not str or role not in _ROLES:
             return None
         said.append({"role": role, "content": content})
     return said
