@@ -11,11 +11,12 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+import orjson
 from starlette.types import Receive, Scope, Send
 
 from asmodel import __version__, trace_html, trace_reader, tracing
@@ -26,12 +27,12 @@ from asmodel.models import Model, Models, ServedProgram
 from asmodel.trace_content import VARIABLE
 from asmodel.trace_reader import NoSuchTrace, Of, RunRow, Trace, TraceFileUnreadable
 
+P = ParamSpec("P")
+
 log = logging.getLogger("asmodel")
 
 RUNS = 50
 """How many runs are listed."""
-AT_ONCE = 2
-"""Threads that read and draw at a time: many open pages take no more of them from those who answer."""
 WITHOUT_CONTENT = frozenset((*tracing.CONTENT, tracing.REQUEST_STOP))
 """What is not read from the file where content is not captured now, whoever recorded it before."""
 
@@ -108,7 +109,8 @@ class FrontPage:
         self._traces = traces
         self._jaeger = None if jaeger is None else jaeger.rstrip("/")
         self._without = frozenset[str]() if content else WITHOUT_CONTENT
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        # One at a time: however many pages are open, those who answer have the rest of the processor.
+        self._turn = asyncio.Lock()
         folder = Path(__file__).parent
         self._files = {
             **{name: _file(name, (folder / name).read_bytes()) for name in ("page.html", "page.css", "page.js")},
@@ -157,14 +159,14 @@ class FrontPage:
             exchange.admit(self._access)
             of = Of(None if self._access.open else exchange.caller.scope)
             if name == "about":
-                body: Any = {**self._about, "caller": exchange.caller.name}
+                data = orjson.dumps({**self._about, "caller": exchange.caller.name})
             elif name == "runs":
-                body = await self._in_turn(self._runs, of)
+                data = await self._in_turn(self._runs, of)
             elif "id" in given:
-                body = await self._in_turn(self._run, given["id"], of)
+                data = await self._in_turn(self._run, given["id"], of)
             else:
                 raise NoSuchRun(f"there is no {path[:200]}")
-            await exchange.respond(200, body, {"cache-control": "no-store", **SAFELY})
+            await exchange.send(200, data, {"cache-control": "no-store", **SAFELY})
 
     async def _send(self, exchange: Exchange, file: _File, more: Mapping[str, str] | None = None) -> None:
         # Asked for each time, since another version of the server may answer next; it is not sent each time.
@@ -176,10 +178,13 @@ class FrontPage:
         await exchange.start(200, {"content-type": file.type, "content-length": str(len(file.data)), **headers})
         await exchange.write(file.data, last=True)
 
-    async def _in_turn(self, read: Any, *arguments: Any) -> Any:
-        async with self._turns:
+    async def _in_turn(self, read: Callable[P, dict[str, Any]], *args: P.args, **kwargs: P.kwargs) -> bytes:
+        def written() -> bytes:
+            return orjson.dumps(read(*args, **kwargs))
+
+        async with self._turn:
             try:
-                return await asyncio.to_thread(read, *arguments)
+                return await asyncio.to_thread(written)
             except TraceFileUnreadable as error:
                 log.warning("%s", error)
                 raise RunsUnreadable("the file of runs cannot be read; the server's log says why") from None
