@@ -71,7 +71,9 @@ def described(contract: Mapping[str, Any], method: str, path: str, answer: Answe
 def test_every_route_of_the_server_is_in_the_document_and_no_other() -> None:
     routes = create_app(Settings()).routes
     served = {f"{m} {r.path.replace(':path', '')}" for r in routes for m in (r.methods or ()) if m != "HEAD"}
-    assert served == {operation.name for operation in openapi.OPERATIONS} == reference.ROUTES.keys()
+    assert served == reference.ROUTES.keys()
+    served -= reference.OF_THE_PAGE
+    assert served == {operation.name for operation in openapi.OPERATIONS}
     paths = openapi.document(version="1")["paths"]
     assert served == {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
 

@@ -35,6 +35,9 @@ ROUTES: Mapping[str, str] = {
 }
 """Every route. What is not among them is a 404 in the error envelope; another method is a 405."""
 
+OF_THE_PAGE = frozenset(("GET /", "GET /runs/{id}", "GET /front/{name}", "GET /front/runs/{id}"))
+"""Those that are for people, and not in `/openapi.json`, which is for programs."""
+
 REQUEST_HEADERS: Mapping[str, str] = {
     "authorization": "`Bearer KEY`, one of `[keys]`. Without keys it is not looked at.",
     "content-type": "must be `application/json`; anything else is a 400.",
