@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from asmodel import __version__, trace_content, tracing
 from asmodel.access import Access
 from asmodel.admission import Admitted
-from asmodel.chat import ChatCompletions
+from asmodel.chat import Asking, ChatCompletions
 from asmodel.completions import Completions, Embeddings
 from asmodel.errors import AsmodelError, ConfigurationError, InvalidRequest
 from asmodel.exchange import Enveloped
@@ -309,7 +309,7 @@ class Shortcut:
         await (found or self._app)(scope, receive, send)
 
 
-Asking = TypeVar("Asking", bound=ChatCompletions)
+AsksT = TypeVar("AsksT", bound=Asking[Any])
 """A route that asks models."""
 
 
@@ -388,7 +388,7 @@ def create_app(
 
     limits = settings.limits
 
-    def asked(kind: type[Asking]) -> Asking:
+    def asked(kind: type[AsksT]) -> AsksT:
         return kind(
             service,
             parts.access,
