@@ -54,9 +54,10 @@ def read(text: str) -> list[Value]:
 def _values(node: Any, defaults: Mapping[str, Any], lines: list[str]) -> Iterator[Value]:
     section = ""
     for key, inner in node.value:
-        name, line = str(key.value), key.start_mark.line
+        name = str(key.value)
+        line: int = key.start_mark.line
         comment: list[str] = []
-        while line and (found := re.match(r"\s*#( |$)(.*)", lines[line - 1])):
+        while line and (found := re.match(r"\s*#( |$)(.*)", lines[line - 1])) is not None:
             comment.insert(0, found[2])
             line -= 1
         for above in range(line - 1, max(line - 3, -1), -1):
