@@ -102,7 +102,9 @@ def base() -> Path:
     tools = debian("tools", TOOLS)
     partial = golang.cache() / f".{os.getpid()}-{folder.name}"
     try:
-        command = [str(tools / "usr/sbin/debootstrap"), "--variant=minbase", f"--include={BASE_PACKAGES}"]
+        # In a namespace of its own, so that what it mounts ends with it.
+        command = ["unshare", "--mount", str(tools / "usr/sbin/debootstrap"), "--variant=minbase"]
+        command += [f"--include={BASE_PACKAGES}"]
         scripts = {"DEBOOTSTRAP_DIR": str(tools / "usr/share/debootstrap")}
         _ran([*command, SUITE, str(partial), MIRROR], "the base image", environment=scripts)
         # What Debian's own small images leave out too.
@@ -257,20 +259,34 @@ class Pod:
     def start(self) -> Pod:
         self._folder.mkdir(parents=True)
         (self._folder / "config.json").write_text(json.dumps(self._config()))
-        tools = debian("tools", TOOLS)
-        # crun looks at cgroups even where it is told to make none, and does not like all arrangements of them.
-        script = 'mount -t tmpfs tmpfs /sys/fs/cgroup && exec "$0" "$@"'
-        command = [str(tools / "usr/bin/crun"), "--root", str(self._folder / "state"), "--cgroup-manager=disabled"]
-        command += ["run", "--bundle", str(self._folder), "--pid-file", str(self._folder / "pid"), self.name]
+        command = self._crun("run", "--bundle", str(self._folder), "--pid-file", str(self._folder / "pid"), self.name)
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                ["unshare", "--mount", "sh", "-c", script, *command],
-                env={**os.environ, "LD_LIBRARY_PATH": f"{tools}{LIBRARIES}"},
+                command,
+                env={**os.environ, "LD_LIBRARY_PATH": f"{debian('tools', TOOLS)}{LIBRARIES}"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
         return self
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A command beside the server, in its container, as `kubectl exec` and the health check of an image do it."""
+        user = self._spec["securityContext"]
+        return subprocess.run(
+            self._crun("exec", "--user", f"{user['runAsUser']}:{user['runAsGroup']}", self.name, *words),
+            env={**os.environ, "LD_LIBRARY_PATH": f"{debian('tools', TOOLS)}{LIBRARIES}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def _crun(self, *words: str) -> list[str]:
+        # crun looks at cgroups even where it is told to make none, and does not like all arrangements of them.
+        script = 'mount -t tmpfs tmpfs /sys/fs/cgroup && exec "$0" "$@"'
+        crun = [str(debian("tools", TOOLS) / "usr/bin/crun"), "--root", str(self._folder / "state")]
+        return ["unshare", "--mount", "sh", "-c", script, *crun, "--cgroup-manager=disabled", *words]
 
     @property
     def said(self) -> str:
@@ -343,8 +359,10 @@ class Pod:
         assert security["capabilities"] == {"drop": ["ALL"]}
         group = security["fsGroup"]
         config = self._image.config
-        command = self._container.get("command") or config.get("Entrypoint", [])
-        arguments = self._container.get("args") or ([] if "command" in self._container else config.get("Cmd", []))
+        command: list[str] = self._container.get("command") or config.get("Entrypoint", [])
+        arguments: list[str] = self._container.get("args") or (
+            [] if "command" in self._container else config.get("Cmd", [])
+        )
         environment = self._environment()
         none: list[str] = []
         mounts: list[dict[str, Any]] = [

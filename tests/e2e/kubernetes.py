@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -45,6 +46,11 @@ PACKAGES = {
     "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
     "kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager",
 }
+KINDS = (
+    *("Deployment", "StatefulSet", "Pod", "Service", "ServiceAccount", "ConfigMap", "Secret", "PersistentVolumeClaim"),
+    *("Ingress", "NetworkPolicy", "HorizontalPodAutoscaler", "PodDisruptionBudget"),
+)
+"""Kubernetes' own kinds that the chart and its examples make; of another no schema is found, which is a mistake too."""
 CUSTOM = (
     ("sigs.k8s.io/gateway-api", "v1.3.0", "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"),
     *(
@@ -128,7 +134,7 @@ def template(
 
 def schemas(version: str) -> Path:
     """A folder with the schema of each kind of that version, and of the custom ones, as kubeconform reads them."""
-    folder = golang.cache() / f"schemas-{version}-2"
+    folder = golang.cache() / f"schemas-{version}-3"
     if not folder.exists():
         partial = Path(tempfile.mkdtemp(prefix=".schemas-", dir=golang.cache()))
         for name, schema in _schemas(version):
@@ -143,19 +149,31 @@ def schemas(version: str) -> Path:
 def _schemas(version: str) -> Iterator[tuple[str, dict[str, Any]]]:
     document = golang.downloaded("k8s.io/kubernetes", f"v{version}") / "api" / "openapi-spec" / "swagger.json"
     definitions: dict[str, Any] = json.loads(document.read_text())["definitions"]
-    closed = {name: _closed(schema) for name, schema in definitions.items()}
-    yield "definitions.json", {"definitions": closed}
     for name, schema in definitions.items():
         for kind in schema.get("x-kubernetes-group-version-kind", ()):
-            group = kind["group"].split(".")[0]
-            where = "-".join(filter(None, (group, kind["version"])))
-            yield f"{kind['kind'].lower()}-{where}.json", {"$ref": f"definitions.json#/definitions/{name}"}
+            if kind["kind"] in KINDS:
+                where = "-".join(filter(None, (kind["group"].split(".")[0], kind["version"])))
+                # Each whole by itself: kubeconform would read all definitions again for each object.
+                needed = {each: _closed(definitions[each]) for each in _reached(definitions, name)}
+                yield f"{kind['kind'].lower()}-{where}.json", {"$ref": f"#/definitions/{name}", "definitions": needed}
     for file in custom():
         written = yaml.safe_load(file.read_text())
         for each in written["spec"]["versions"]:
             group = written["spec"]["group"].split(".")[0]
             schema = _closed(each["schema"]["openAPIV3Schema"])
             yield f"{written['spec']['names']['kind'].lower()}-{group}-{each['name']}.json", schema
+
+
+def _reached(definitions: Mapping[str, Any], name: str) -> set[str]:
+    """That definition, and those that it comes to."""
+    found: set[str] = set()
+    open_ends = [name]
+    while open_ends:
+        each = open_ends.pop()
+        if each not in found:
+            found.add(each)
+            open_ends += re.findall(r'"#/definitions/([^"]+)"', json.dumps(definitions[each]))
+    return found
 
 
 def _closed(node: Any) -> Any:
@@ -166,7 +184,7 @@ def _closed(node: Any) -> Any:
         return node
     table = cast("dict[str, Any]", node)
     if "$ref" in table:
-        return {"$ref": table["$ref"].replace("#/definitions/", "definitions.json#/definitions/")}
+        return {"$ref": table["$ref"]}
     if table.get("format") == "int-or-string" or table.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     made: dict[str, Any] = {}
@@ -315,7 +333,7 @@ class Cluster:
 
     def _ready(self) -> bool:
         for process in self._processes:
-            assert process.poll() is None, f"{process.args} ended:\n" + self.said("kube-apiserver")[-3_000:]
+            assert process.poll() is None, "one of them has ended:\n" + self.said("kube-apiserver")[-3_000:]
         try:
             if self._trust is None:
                 self._trust = ssl.create_default_context(cafile=str(self._certificates / "apiserver.crt"))
