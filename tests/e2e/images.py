@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -67,22 +68,31 @@ def _ran(
     command: Sequence[str], what: str, *, folder: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> str:
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             ["nice", "-n", "10", *command],
             cwd=folder,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=BUILD_SECONDS,
-            check=False,
+            start_new_session=True,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise EnvironmentUnavailable(f"{what} could not be had: {error}") from None
-    if done.returncode:
-        words = re.sub(r"://[^/@\s]+@", "://", (done.stderr or done.stdout)[-1_500:])
-        raise EnvironmentUnavailable(f"{what} could not be had: {command[0]} ended with {done.returncode}: {words}")
-    return done.stdout
+    except OSError as error:
+        raise EnvironmentUnavailable(f"{what} could not be had: {command[0]}: {error.strerror}") from None
+    try:
+        output, errors = process.communicate(timeout=BUILD_SECONDS)
+    except BaseException as error:
+        # All of it: what installs is a process of a process.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise EnvironmentUnavailable(f"{what} was not there within {BUILD_SECONDS:g} s") from None
+        raise
+    if process.returncode:
+        words = re.sub(r"://[^/@\s]+@", "://", (errors or output)[-1_500:])
+        raise EnvironmentUnavailable(f"{what} could not be had: {command[0]} ended with {process.returncode}: {words}")
+    return output
 
 
 def _digest(*parts: str) -> str:
@@ -188,7 +198,13 @@ def _build(folder: Path, arguments: Mapping[str, str]) -> None:
     work.mkdir()
     try:
         (work / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-        storage = f'[storage]\ndriver = "vfs"\ngraphroot = "{work}/graph"\nrunroot = "{work}/run"\n'
+        # Layers over one another, where the file system can; copied whole, where it is itself made so.
+        driver = (
+            "vfs"
+            if _ran(["stat", "-f", "-c", "%T", str(work)], "the file system").strip() == "overlayfs"
+            else "overlay"
+        )
+        storage = f'[storage]\ndriver = "{driver}"\ngraphroot = "{work}/graph"\nrunroot = "{work}/run"\n'
         (work / "storage.conf").write_text(storage)
         given = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
         configured = [Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf", Path.home() / ".pip/pip.conf"]
