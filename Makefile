@@ -8,7 +8,7 @@ BENCH = tests/bench/bench.py
 
 VENV  = .venv
 PY    = $(VENV)/bin/python
-CODE  = proxy programs plugins tests
+CODE  = proxy programs plugins tests helm
 
 # Extra words for pytest (make test ARGS="-k cache"), `asmodel serve`, the demo or the benchmark.
 ARGS  =
@@ -33,7 +33,7 @@ MOVED = moved
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e soak check serve bench lock clean moved
+.PHONY: help demo test e2e soak check serve bench chart lock clean moved
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,9 @@ serve: $(VENV)/installed ## the server, at http://127.0.0.1:8000/v1
 bench: $(VENV)/installed $(VENV)/tools ## what the proxy itself costs, measured
 	@test -f $(BENCH) || { echo "make bench: there is no $(BENCH) in this tree: the benchmark is not written yet"; exit 1; }
 	$(PY) $(BENCH) $(ARGS)
+
+chart: $(VENV)/installed $(VENV)/tools ## what is said about the chart, made anew from its values
+	$(PY) helm/describe.py
 
 # Resolved for every platform and Python at once, with hashes and without addresses: two machines get the same thing,
 # each from its own index. The second file is the first and the tools.

@@ -22,7 +22,7 @@ from asmodel.cli import main
 from asmodel.template import write
 from asmodel.testing import Fault, ScriptedServer
 
-COMMANDS = ("serve", "run", "programs", "upstreams", "check", "eval", "trace", "replay", "new")
+COMMANDS = ("serve", "run", "programs", "upstreams", "check", "eval", "trace", "replay", "new", "health")
 
 PARAGRAPHS = {"paragraphs": ["Dogs bark at cars.", "Whales sing at night.", "Cats sleep."]}
 

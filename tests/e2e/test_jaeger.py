@@ -23,7 +23,8 @@ from typing import Any
 import openai
 import pytest
 from tests.e2e.environments import python
-from tests.e2e.jaeger import BUILD_PATIENCE, Jaeger
+from tests.e2e.golang import BUILD_PATIENCE
+from tests.e2e.jaeger import Jaeger
 from tests.serving import Server, eventually, serving, upstream
 
 from asmodel.testing import Fault, Received, ScriptedServer, ServerAnswer
