@@ -76,7 +76,7 @@ ONLY_IN: dict[str, set[str]] = {
     "opentelemetry.exporter": {"trace_sdk.py", "metric_export.py"},
 }
 # Values and shapes: what they do depends on nothing but what they are given.
-PURE = {"calls.py", "wire.py"}
+PURE = {"calls.py", "response_events.py", "response_wire.py", "wire.py"}
 NOT_PURE = {
     "aiofiles",
     "anyio",

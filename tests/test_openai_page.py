@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.serving import Server, serving, upstream
 
-from asmodel import reference, wire
+from asmodel import reference, response_wire, wire
 from asmodel.app import create_app
 from asmodel.settings import Settings
 from asmodel.testing import Fault, ScriptedServer
@@ -90,6 +90,58 @@ def test_every_header_of_a_response_is_on_the_page(server: Server, up: ScriptedS
         told |= set(answer.headers)
     assert told <= reference.RESPONSE_HEADERS.keys()
     assert reference.RESPONSE_HEADERS.keys() <= told
+
+
+def responses_row(name: str) -> list[str]:
+    """What the page says of a parameter of a response, cell by cell."""
+    section = PAGE.read_text().split("\n## Responses\n")[1].split("\n## ")[0]
+    return next(line for line in section.splitlines() if line.startswith(f"| `{name}` | ")).split(" | ")
+
+
+ASKED: dict[str, tuple[Any, str]] = {
+    "input": ("hello", ""),
+    "max_tool_calls": (1, ""),
+    "max_output_tokens": (5, ""),
+    "top_logprobs": (1, "top_logprobs"),
+    "text": ({"format": {"type": "json_object"}}, "text.format"),
+    "tools": ([{"type": "function", "name": "f"}], "tools"),
+    "tool_choice": ("required", "tool_choice"),
+    "include": (["message.output_text.logprobs"], "include"),
+    "background": (True, "background"),
+    "conversation": ("conv_1", "conversation"),
+    "prompt": ({"id": "p"}, "prompt"),
+    "context_management": ([{"type": "compaction"}], "context_management"),
+    "moderation": ({"model": "m"}, "moderation"),
+    "truncation": ("auto", "truncation"),
+    "previous_response_id": ("resp_0", "previous_response_id"),
+    "reasoning": ({"summary": "auto"}, ""),
+    "documents": (["d"], ""),
+    "asmodel": ({}, ""),
+    "stream": (False, ""),
+    "metadata": ({"a": "b"}, ""),
+    "stream_options": ({"include_obfuscation": False}, ""),
+}
+"""A value of each parameter of a response that asks for something, and the name under which it is refused, if it is."""
+
+
+@pytest.mark.parametrize("name", [n for n in response_wire.ResponseRequest.model_fields if n != "model"])
+def test_what_the_page_says_of_a_parameter_of_a_response_is_what_becomes_of_it(
+    name: str, server: Server, up: ScriptedServer
+) -> None:
+    """By asking a program that supports nothing, and has no reply step."""
+    told = responses_row(name)[2]
+    kinds = response_wire.ResponseRequest.model_json_schema()["properties"][name].get("anyOf", [{}])
+    value, param = ASKED.get(name) or (FIRST[kinds[0].get("type", "object")], "")
+    asked = {"model": "self-consistency", "input": "x", name: value}
+    answer = server.ask("POST", "/v1/responses", asked)
+    if param:
+        assert "refused" in told or "404" in told
+        assert (answer.status, answer.error["param"]) == (404 if "404" in told else 400, param)
+        return
+    assert answer.status == 200, answer.body
+    assert not told.startswith("refused") or name == "parallel_tool_calls"
+    ignored = answer.json["asmodel"]["ignored"]
+    assert ignored == ([name] if told == "ignored" or told.startswith("a hint") else [])
 
 
 FIRST: dict[str, Any] = {"number": 1, "integer": 1, "boolean": True, "object": {"a": "b"}, "array": [], "string": "x"}

@@ -61,10 +61,12 @@ def described(contract: Mapping[str, Any], method: str, path: str, answer: Answe
     if kind == "application/json":
         valid(contract, media["schema"], answer.json)
     elif kind == "text/event-stream":
-        *lines, end = answer.body.removesuffix(b"\n\n").split(b"\n\n")
-        assert end == b"data: [DONE]"
+        lines = answer.body.removesuffix(b"\n\n").split(b"\n\n")
+        if path != "/v1/responses":
+            assert lines.pop() == b"data: [DONE]"
         for line in lines:
             if not line.startswith(b":"):
+                line = line[line.index(b"data: ") :]
                 valid(contract, media["x-event"], json.loads(line.removeprefix(b"data: ")))
 
 
@@ -126,6 +128,11 @@ def test_what_the_server_answers_is_what_the_document_says(server: Server, contr
         ("/v1/chat/completions", {"model": "plain", **hello, "temperature": 9}),
         ("/v1/chat/completions", {"model": "nobody", **hello}),
         ("/v1/chat/completions", {"model": "plain", **hello, "asmodel": {"cache": "only"}, "seed": 7}),
+        ("/v1/responses", {"model": "plain", "input": "hello"}),
+        ("/v1/responses", {"model": "default", "input": "hello", "stream": True}),
+        ("/v1/responses", {"model": "plain", "input": "hello", "stream": True}),
+        ("/v1/responses", {"model": "plain", "input": "hello", "background": True}),
+        ("/v1/responses", {"model": "plain", "input": "hello", "previous_response_id": "resp_0"}),
         ("/v1/completions", {"model": "default", "prompt": ["a", "b"], "logprobs": 1}),
         ("/v1/completions", {"model": "default", "prompt": "a", **usage}),
         ("/v1/completions", {"model": "default", "prompt": "a", **usage, "asmodel": {"cache": "on"}}),
@@ -136,6 +143,10 @@ def test_what_the_server_answers_is_what_the_document_says(server: Server, contr
     ]
     for path, body in posts:
         described(contract, "POST", path, server.ask("POST", path, body, ANN))
+    id = server.ask("POST", "/v1/responses", {"model": "plain", "input": "kept"}, ANN).json["id"]
+    for method, more in (("GET", ""), ("GET", "/input_items"), ("DELETE", ""), ("GET", "")):
+        answer = server.ask(method, f"/v1/responses/{id}{more}", None, ANN)
+        described(contract, method, f"/v1/responses/{{id}}{more}", answer)
     for path in contract["paths"]:
         if "get" in contract["paths"][path]:
             for name in ("plain", "default", "nobody"):

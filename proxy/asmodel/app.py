@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -38,6 +39,9 @@ from asmodel.plugins import find, make, names, resolve
 from asmodel.programs import Program, programs_in
 from asmodel.protocols import Cache, Lasting, Offering, Openable, Upstream
 from asmodel.recording import Recordings, default_folder
+from asmodel.response_store import ResponseStore
+from asmodel.response_store import default_folder as responses_folder
+from asmodel.responses import KeptResponses, KeptRoute, Responses
 from asmodel.routes import Contract, Later, ModelList, Probe, alive, not_there, readiness
 from asmodel.service import Service
 from asmodel.settings import CacheSettings, Settings, ToolSettings, UpstreamSettings
@@ -70,6 +74,8 @@ class Parts:
     """The plug-ins themselves, by upstream."""
     tools: Mapping[str, Offering] = field(default_factory=dict[str, Offering])
     """And those that offer the tools of the settings."""
+    responses: ResponseStore | None = None
+    """Where responses are kept that clients may go on from; None where none are."""
     redact: Redactor | None = None
     """What each text goes through before it is recorded, where content is."""
 
@@ -84,8 +90,8 @@ class Parts:
         )
 
     async def open_store(self) -> None:
-        """Open the cache, which takes milliseconds and must be there before anything is answered."""
-        stores: list[object] = [self.store, self.journals]
+        """Open the cache, which takes milliseconds and must be there before anything is answered; and what is kept."""
+        stores: list[object] = [self.store, self.journals, self.responses]
         for store in stores:
             if isinstance(store, Openable):
                 await store.open()
@@ -101,7 +107,8 @@ class Parts:
         await self.open_upstreams()
 
     async def close(self) -> None:
-        things: list[object] = [*self.tools.values(), *self.providers.values(), self.journals, self.store]
+        stores: list[object] = [self.responses, self.journals, self.store]
+        things: list[object] = [*self.tools.values(), *self.providers.values(), *stores]
         closing = [thing.close() for thing in things if isinstance(thing, Openable)]
         for failed in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(failed, BaseException):
@@ -224,6 +231,13 @@ def _recordings(settings: Settings, redact: Redactor | None) -> Recordings | Non
     return Recordings(said.path or default_folder(os.environ), runs=said.runs, limit=said.bytes, redact=redact)
 
 
+def _responses(settings: Settings) -> ResponseStore | None:
+    said = settings.store
+    if said.kind == "off":
+        return None
+    return ResponseStore(said.path or responses_folder(os.environ), days=said.days, most_bytes=said.bytes)
+
+
 def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
     """Make everything that the settings name. Raises ConfigurationError; opens nothing.
 
@@ -291,6 +305,7 @@ def build(settings: Settings, *, metrics_folder: Path | None = None) -> Parts:
         metrics=metrics,
         providers=providers,
         tools=tools,
+        responses=_responses(settings),
     )
 
 
@@ -373,7 +388,7 @@ def create_app(
                 await asyncio.gather(opening, return_exceptions=True)
             # Requests that were cut off are cancelled already, and are ending.
             await service.idle(ENDING)
-            for route in (chat, completions, embeddings):
+            for route in (chat, responses, completions, embeddings):
                 await route.close()
             await parts.close()
             # After the runs have ended: a span that ends later would not be exported.
@@ -388,7 +403,7 @@ def create_app(
 
     limits = settings.limits
 
-    def asked(kind: type[AsksT]) -> AsksT:
+    def asked(kind: Callable[..., AsksT]) -> AsksT:
         return kind(
             service,
             parts.access,
@@ -401,6 +416,8 @@ def create_app(
         )
 
     chat, completions, embeddings = asked(ChatCompletions), asked(Completions), asked(Embeddings)
+    responses = asked(partial(Responses, store=parts.responses))
+    kept = KeptResponses(parts.access, parts.responses, most=limits.messages, most_bytes=limits.body_bytes)
     notes: dict[str, dict[str, Any]] = {
         name: {
             "upstream_kind": s.kind,
@@ -450,6 +467,9 @@ def create_app(
             Route("/openapi.json", Contract(contract, parts.access), methods=["GET"]),
             Route("/metrics", page, methods=["GET"]),
             Route(chat.path, chat, methods=["POST"]),
+            Route(responses.path, responses, methods=["POST"]),
+            Route("/v1/responses/{id}/input_items", kept, methods=["GET"]),
+            KeptRoute("/v1/responses/{id}", kept, methods=["GET", "DELETE"]),
             Route(completions.path, completions, methods=["POST"]),
             Route(embeddings.path, embeddings, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
@@ -465,7 +485,7 @@ def create_app(
     app.add_middleware(Enveloped)
     routes = [route for route in app.routes if isinstance(route, Route)]
     admitted = Admitted(
-        Shortcut(app, {("POST", route.path): Enveloped(route) for route in (chat, completions, embeddings)}),
+        Shortcut(app, {("POST", route.path): Enveloped(route) for route in (chat, responses, completions, embeddings)}),
         requests=limits.in_flight,
         body_bytes=limits.in_flight_bytes,
         largest=limits.body_bytes,

@@ -166,7 +166,7 @@ class Asking(ABC, Generic[R]):
             raise InvalidRequest("the body should be sent as `Content-Type: application/json`")
         body = await exchange.body(self._body_bytes)
         try:
-            request = self._read(body)
+            request = await self._read(exchange, body)
         except wire.TooManyMessages:
             self._service.meter.refused("messages")
             raise
@@ -180,7 +180,7 @@ class Asking(ABC, Generic[R]):
         await self._joined.close()
 
     @abstractmethod
-    def _read(self, body: bytes) -> R:
+    async def _read(self, exchange: Exchange, body: bytes) -> R:
         """Raises InvalidRequest."""
 
     @abstractmethod
@@ -188,12 +188,19 @@ class Asking(ABC, Generic[R]):
         """What it asks of the model. Raises InvalidRequest where that is nothing for such a model."""
 
     @abstractmethod
-    def _body(self, exchange: Exchange, job: Job, id: str, created: int, outcomes: list[Outcome]) -> wire.Json:
+    async def _body(
+        self, exchange: Exchange, request: R, job: Job, id: str, created: int, outcomes: list[Outcome]
+    ) -> wire.Json:
         """A whole answer."""
 
     @abstractmethod
     def _chunks(self, exchange: Exchange, job: Job, id: str, created: int) -> wire.Chunks:
         """How the parts of an answer are written."""
+
+    def _stream(self, exchange: Exchange, request: R, answering: Answering, *, progress: bool) -> Stream:
+        """An answer that is written as it comes."""
+        chunks = self._chunks(exchange, answering.job, answering.id, answering.created)
+        return Stream(exchange, answering, chunks, progress=progress)
 
     async def _answer(self, exchange: Exchange, request: R, body: bytes) -> str:
         exchange.model = request.model
@@ -208,21 +215,21 @@ class Asking(ABC, Generic[R]):
                 passes = await self._service.passes_on(job)
                 if not request.stream:
                     # Nobody else can ask for this run, so it is done here and ends with this request.
-                    return await self._at_once(exchange, job, passes=passes)
+                    return await self._at_once(exchange, request, job, passes=passes)
                 if passes and await self._service.only_passes_on(job):
                     return await Passing(exchange, self._service, job, self._chunks).run()
             answering = Answering(self._service, job, stream=True)
         job = exchange.job = answering.job
         if request.stream:
             progress = self._progress if request.asmodel.progress is None else request.asmodel.progress
-            chunks = self._chunks(exchange, job, answering.id, answering.created)
             told = progress and isinstance(model, ServedProgram)
-            return await _Stream(exchange, answering, chunks, progress=told).run()
+            return await self._stream(exchange, request, answering, progress=told).run()
         async with answering.listening(_nothing):
             with exchange.present():
                 await asyncio.wait((answering.task,))
         passed = b"".join(e for e in answering.events if isinstance(e, bytes)) if answering.verbatim else None
-        return await self._whole(exchange, answering.job, answering.id, answering.created, answering.outcomes(), passed)
+        outcomes = answering.outcomes()
+        return await self._whole(exchange, request, answering.job, answering.id, answering.created, outcomes, passed)
 
     async def _joining(self, exchange: Exchange, asked: Asked, model: Model, body: bytes, *, stream: bool) -> Answering:
         """The run that the request's Idempotency-Key names, begun by this request or by an equal one."""
@@ -243,7 +250,7 @@ class Asking(ABC, Generic[R]):
             self._service.meter.refused("n")
             raise InvalidRequest(f"`n`: at most {self._n}, not {request.n}", param="n")
 
-    async def _at_once(self, exchange: Exchange, job: Job, *, passes: bool) -> str:
+    async def _at_once(self, exchange: Exchange, request: R, job: Job, *, passes: bool) -> str:
         created = int(time.time())
         passed: list[bytes] = []
 
@@ -270,15 +277,22 @@ class Asking(ABC, Generic[R]):
         # From here on it is no use to leave.
         exchange.when_left(_nothing)
         id = f"chatcmpl-{new_id(96)}"
-        return await self._whole(exchange, job, id, created, outcomes, b"".join(passed) if passed else None)
+        return await self._whole(exchange, request, job, id, created, outcomes, b"".join(passed) if passed else None)
 
     async def _whole(
-        self, exchange: Exchange, job: Job, id: str, created: int, outcomes: list[Outcome], passed: bytes | None
+        self,
+        exchange: Exchange,
+        request: R,
+        job: Job,
+        id: str,
+        created: int,
+        outcomes: list[Outcome],
+        passed: bytes | None,
     ) -> str:
         if passed is not None:
             await exchange.send(200, passed)
             return "ok"
-        await exchange.respond(200, self._body(exchange, job, id, created, outcomes))
+        await exchange.respond(200, await self._body(exchange, request, job, id, created, outcomes))
         await _delivered(exchange, job)
         return "ok"
 
@@ -288,44 +302,57 @@ class ChatCompletions(Asking[wire.ChatRequest]):
 
     path = "/v1/chat/completions"
 
-    def _read(self, body: bytes) -> wire.ChatRequest:
+    async def _read(self, exchange: Exchange, body: bytes) -> wire.ChatRequest:
         return wire.read_chat(body, messages=self._messages)
 
     def _asked(self, exchange: Exchange, request: wire.ChatRequest, model: Model, body: bytes) -> Asked:
-        headers, extension = exchange.headers, request.asmodel
-        program = isinstance(model, ServedProgram)
-        ignored: list[str] = []
-        if isinstance(model, ServedProgram):
-            wire.refuse_unsupported(request, model.program)
-            hints, shape, ignored = wire.split(request, model.program)
-        else:
-            hints, shape = request.passed_on, {}
-        return Asked(
-            messages=request.conversation,
-            documents=request.texts if program else (),
-            hints=hints,
-            shape=shape,
-            params=extension.params,
-            roles=extension.roles,
-            limits=limits_of(extension),
-            cache=cache_policy(exchange.all_of("cache-control") if "cache-control" in headers else "", extension),
-            scope=exchange.caller.scope,
-            n=request.n or 1,
-            stream_asks=request.stream_asks if request.stream and not program else {},
-            ignored=tuple(ignored),
-            usage_asked=bool(request.stream_options and request.stream_options.include_usage),
-            identity=identity(headers),
-            retry=headers.get("x-stainless-retry-count", "0").strip() not in ("", "0"),
-            body=body,
-        )
+        return asked_of(exchange, request, model, body)
 
-    def _body(self, exchange: Exchange, job: Job, id: str, created: int, outcomes: list[Outcome]) -> wire.Json:
+    async def _body(
+        self,
+        exchange: Exchange,
+        request: wire.ChatRequest,
+        job: Job,
+        id: str,
+        created: int,
+        outcomes: list[Outcome],
+    ) -> wire.Json:
         choices = [wire.choice(i, o.answer, o.reply) for i, o in enumerate(outcomes)]
         told = receipt(exchange, job, outcomes)
         return wire.completion(id, created, exchange.model, choices, tokens(job, outcomes), told)
 
     def _chunks(self, exchange: Exchange, job: Job, id: str, created: int) -> wire.Chunks:
         return wire.Chunks(id, created, exchange.model, include_usage=job.asked.usage_asked)
+
+
+def asked_of(exchange: Exchange, request: wire.ChatRequest, model: Model, body: bytes) -> Asked:
+    """What a chat completion asks of the model. Raises InvalidRequest where that is nothing for such a model."""
+    headers, extension = exchange.headers, request.asmodel
+    program = isinstance(model, ServedProgram)
+    ignored: list[str] = []
+    if isinstance(model, ServedProgram):
+        wire.refuse_unsupported(request, model.program)
+        hints, shape, ignored = wire.split(request, model.program)
+    else:
+        hints, shape = request.passed_on, {}
+    return Asked(
+        messages=request.conversation,
+        documents=request.texts if program else (),
+        hints=hints,
+        shape=shape,
+        params=extension.params,
+        roles=extension.roles,
+        limits=limits_of(extension),
+        cache=cache_policy(exchange.all_of("cache-control") if "cache-control" in headers else "", extension),
+        scope=exchange.caller.scope,
+        n=request.n or 1,
+        stream_asks=request.stream_asks if request.stream and not program else {},
+        ignored=tuple(ignored),
+        usage_asked=bool(request.stream_options and request.stream_options.include_usage),
+        identity=identity(headers),
+        retry=headers.get("x-stainless-retry-count", "0").strip() not in ("", "0"),
+        body=body,
+    )
 
 
 async def _delivered(exchange: Exchange, job: Job) -> None:
@@ -462,8 +489,11 @@ def as_stream(chunks: wire.Chunks, job: Job, outcome: Outcome) -> bytes:
     return chunks.delta(0, rest) + end + chunks.usage(tokens(job, [outcome])) + wire.DONE
 
 
-class _Stream:
-    """One streamed response: what the run has emitted, written at the pace of this client."""
+class Stream:
+    """One streamed response: what the run has emitted, written at the pace of this client.
+
+    In chunks; what is written otherwise overrides the methods from `_roles` on.
+    """
 
     def __init__(self, exchange: Exchange, answering: Answering, chunks: wire.Chunks, *, progress: bool) -> None:
         job = answering.job
@@ -527,14 +557,6 @@ class _Stream:
             # What will come is the upstream's own; until it comes, something that is nobody's.
             await self._exchange.write(wire.KEEP_ALIVE)
 
-    def _roles(self) -> bytes:
-        """The roles, where they are not written yet."""
-        if self._began:
-            return b""
-        self._began = True
-        role = {"role": "assistant", "content": ""}
-        return b"".join(self._chunks.delta(i, role) for i in range(self._job.asked.n))
-
     @property
     def _passed_on(self) -> bool:
         return not isinstance(self._job.model, ServedProgram) and (
@@ -555,7 +577,7 @@ class _Stream:
             if delta.text and not self._said[choice].text:
                 parts += self._progress_chunks(last=True)
             if body := self._said[choice].add(delta):
-                parts.append(self._chunks.delta(choice, body))
+                parts.append(self._delta(choice, body, delta))
         data = b"".join([*parts, *self._progress_chunks(last=last)])
         if not data:
             return False
@@ -574,7 +596,7 @@ class _Stream:
                 continue  # A step has begun, which the line does not show.
             self._lines.add(line)
             self._told.append(time.monotonic())
-            chunks += [self._chunks.delta(i, {"reasoning_content": line + "\n"}) for i in silent]
+            chunks += [self._line(i, line) for i in silent]
         return chunks
 
     def _full(self) -> float:
@@ -593,10 +615,7 @@ class _Stream:
             if not self._opened:
                 raise
             await self._flush(last=True)
-            body = wire.error_body(error)
-            if isinstance(self._job.model, ServedProgram):
-                body["asmodel"] = receipt(self._exchange, self._job, [])
-            await self._exchange.write(wire.event(body), last=True)
+            await self._exchange.write(self._failure(error), last=True)
             if self._exchange.span is not None:
                 tracing.record_error(self._exchange.span, error)
             return error.code or "error"
@@ -606,6 +625,34 @@ class _Stream:
         if self._answering.verbatim:
             await self._exchange.write(wire.DONE, last=True)
             return "ok"
+        await self._exchange.write(await self._ending(outcomes), last=True)
+        return "ok"
+
+    def _roles(self) -> bytes:
+        """The roles, where they are not written yet."""
+        if self._began:
+            return b""
+        self._began = True
+        role = {"role": "assistant", "content": ""}
+        return b"".join(self._chunks.delta(i, role) for i in range(self._job.asked.n))
+
+    def _delta(self, choice: int, body: wire.Json, delta: Delta) -> bytes:
+        """What a choice says; `body` is the `delta` of its chunk."""
+        return self._chunks.delta(choice, body)
+
+    def _line(self, choice: int, line: str) -> bytes:
+        """A line of progress."""
+        return self._chunks.delta(choice, {"reasoning_content": line + "\n"})
+
+    def _failure(self, error: AsmodelError) -> bytes:
+        """The end of a stream that has no answer."""
+        body = wire.error_body(error)
+        if isinstance(self._job.model, ServedProgram):
+            body["asmodel"] = receipt(self._exchange, self._job, [])
+        return wire.event(body)
+
+    async def _ending(self, outcomes: list[Outcome]) -> bytes:
+        """The end of a stream: what of the answer is not said yet, and what is told of it."""
         ends = [self._roles()]
         everything = receipt(self._exchange, self._job, outcomes)
         for i, outcome in enumerate(outcomes):
@@ -621,9 +668,7 @@ class _Stream:
                     receipt=everything if i == len(outcomes) - 1 else None,
                 )
             )
-        ends += [self._chunks.usage(tokens(self._job, outcomes)), wire.DONE]
-        await self._exchange.write(b"".join(ends), last=True)
-        return "ok"
+        return b"".join([*ends, self._chunks.usage(tokens(self._job, outcomes)), wire.DONE])
 
 
 async def _within(work: Awaitable[Any], seconds: float) -> None:

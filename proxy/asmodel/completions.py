@@ -141,14 +141,22 @@ class Completions(_Upstreams[CompletionRequest]):
 
     path = "/v1/completions"
 
-    def _read(self, body: bytes) -> CompletionRequest:
+    async def _read(self, exchange: Exchange, body: bytes) -> CompletionRequest:
         return self._bounded(wire.read(CompletionRequest, body, beside="prompt"), "prompt")
 
     def _asked(self, exchange: Exchange, request: CompletionRequest, model: Model, body: bytes) -> Asked:
         raw = Raw(kind="completion", given=request.given, n=request.n or 1)
         return self._raw(exchange, request, model, body, raw)
 
-    def _body(self, exchange: Exchange, job: Job, id: str, created: int, outcomes: list[Outcome]) -> Json:
+    async def _body(
+        self,
+        exchange: Exchange,
+        request: CompletionRequest,
+        job: Job,
+        id: str,
+        created: int,
+        outcomes: list[Outcome],
+    ) -> Json:
         return {
             "id": _own(id),
             "object": "text_completion",
@@ -175,13 +183,21 @@ class Embeddings(_Upstreams[EmbeddingRequest]):
 
     path = "/v1/embeddings"
 
-    def _read(self, body: bytes) -> EmbeddingRequest:
+    async def _read(self, exchange: Exchange, body: bytes) -> EmbeddingRequest:
         return self._bounded(wire.read(EmbeddingRequest, body, beside="input"), "input")
 
     def _asked(self, exchange: Exchange, request: EmbeddingRequest, model: Model, body: bytes) -> Asked:
         return self._raw(exchange, request, model, body, Raw(kind="embed", given=request.given))
 
-    def _body(self, exchange: Exchange, job: Job, id: str, created: int, outcomes: list[Outcome]) -> Json:
+    async def _body(
+        self,
+        exchange: Exchange,
+        request: EmbeddingRequest,
+        job: Job,
+        id: str,
+        created: int,
+        outcomes: list[Outcome],
+    ) -> Json:
         reply = outcomes[0].reply
         vectors = () if reply is None else reply.embeddings
         encoded = job.asked.hints.get("encoding_format") == "base64"

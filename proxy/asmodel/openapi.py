@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel
@@ -17,6 +17,8 @@ from pydantic.json_schema import models_json_schema
 
 from asmodel import reference
 from asmodel.completions import CompletionRequest, EmbeddingRequest
+from asmodel.response_wire import ResponseRequest
+from asmodel.responses import LISTED, MOST_LISTED
 from asmodel.wire import NAME, ChatRequest
 
 Json: TypeAlias = dict[str, Any]
@@ -40,6 +42,10 @@ class Operation:
     open: bool = False
     """Whether it is answered to those who have no key."""
     errors: frozenset[int] = frozenset()
+    done: bool = True
+    """Whether a stream that went well ends in `[DONE]`."""
+    query: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    """What may be asked in the address, by name."""
 
     @property
     def name(self) -> str:
@@ -68,6 +74,34 @@ OPERATIONS: Sequence[Operation] = (
         errors=_ASKING,
     ),
     Operation(method="POST", path="/v1/embeddings", reads=EmbeddingRequest, answer="EmbeddingAnswer", errors=_ASKING),
+    Operation(
+        method="POST",
+        path="/v1/responses",
+        reads=ResponseRequest,
+        answer="Response",
+        event="ResponseEvent",
+        done=False,
+        errors=_ASKING,
+    ),
+    Operation(
+        method="GET",
+        path="/v1/responses/{id}",
+        answer="Response",
+        errors=frozenset((400, 404)),
+        query={"stream": {"const": "false"}},
+    ),
+    Operation(method="DELETE", path="/v1/responses/{id}", answer="DeletedResponse", errors=frozenset((404,))),
+    Operation(
+        method="GET",
+        path="/v1/responses/{id}/input_items",
+        answer="ItemList",
+        errors=frozenset((400, 404, 413)),
+        query={
+            "order": {"enum": ["asc", "desc"], "default": "desc"},
+            "limit": {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": LISTED},
+            "after": {"type": "string"},
+        },
+    ),
     Operation(method="GET", path="/v1/models", answer="ModelList"),
     Operation(method="GET", path="/v1/models/{id}", answer="Model", errors=frozenset((404,))),
     Operation(method="GET", path="/healthz", answer="Status", open=True),
@@ -236,6 +270,59 @@ ANSWERS: Mapping[str, Json] = {
         }
     ),
     "EmbeddingAnswer": {"anyOf": [_ref("Embeddings"), _ref("PassedThrough")]},
+    "Item": _object({"id": _TEXT, "type": _TEXT}),
+    "Response": _object(
+        {
+            "id": _TEXT,
+            "object": {"const": "response"},
+            "created_at": _COUNT,
+            "completed_at": _null(_COUNT),
+            "status": {"enum": ["in_progress", "completed", "incomplete", "failed"]},
+            "error": _null(_object({"code": _TEXT, "message": _TEXT})),
+            "incomplete_details": _null(_object({"reason": {"enum": ["max_output_tokens", "content_filter"]}})),
+            "model": _TEXT,
+            "previous_response_id": _null(_TEXT),
+            "instructions": _null(_TEXT),
+            "output": _list(_ref("Item")),
+            "tools": {"type": "array"},
+            "tool_choice": _ANY,
+            "parallel_tool_calls": {"type": "boolean"},
+            "text": {"type": "object"},
+            "reasoning": {"type": "object"},
+            "temperature": _NUMBER,
+            "top_p": _NUMBER,
+            "max_output_tokens": _null(_COUNT),
+            "metadata": {"type": "object"},
+            "store": {"type": "boolean"},
+            "usage": _null(_ref("ResponseUsage")),
+            "asmodel": _ref("Receipt"),
+        },
+        "asmodel",
+    ),
+    "ResponseUsage": _object(
+        {
+            "input_tokens": _COUNT,
+            "input_tokens_details": {"type": "object"},
+            "output_tokens": _COUNT,
+            "output_tokens_details": {"type": "object"},
+            "total_tokens": _COUNT,
+        }
+    ),
+    "ResponseEvent": _object(
+        {"type": _TEXT, "sequence_number": _COUNT, "response": _ref("Response"), "item": _ref("Item")},
+        "response",
+        "item",
+    ),
+    "DeletedResponse": _object({"id": _TEXT, "object": {"const": "response"}, "deleted": {"const": True}}),
+    "ItemList": _object(
+        {
+            "object": {"const": "list"},
+            "data": _list(_ref("Item")),
+            "first_id": _null(_TEXT),
+            "last_id": _null(_TEXT),
+            "has_more": {"type": "boolean"},
+        }
+    ),
     "Model": _object(
         {
             "id": _TEXT,
@@ -362,6 +449,9 @@ def _parameters(operation: Operation) -> list[Json]:
         }
         for name in names
     ]
+    found += [
+        {"name": name, "in": "query", "required": False, "schema": schema} for name, schema in operation.query.items()
+    ]
     for name in re.findall(r"\{(\w+)\}", operation.path):
         schema = {"type": "string", "minLength": 1, "maxLength": NAME}
         found.append({"name": name, "in": "path", "required": True, "schema": schema})
@@ -389,7 +479,8 @@ def _responses(operation: Operation, *, keyed: bool) -> Json:
     if operation.reads is not None:
         headers |= _headers("x-asmodel-trace-id", *_COUNTS, "x-asmodel-overhead-ms")
     if operation.event is not None:
-        told = f"Events whose data is JSON ({operation.event}), and a last one, `[DONE]`, where all went well."
+        told = f"Events whose data is JSON ({operation.event})"
+        told += ", and a last one, `[DONE]`, where all went well." if operation.done else ", and whose names are types."
         content["text/event-stream"] = {
             "schema": {"type": "string", "description": told},
             "x-event": _ref(operation.event),

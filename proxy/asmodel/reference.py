@@ -12,12 +12,31 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from asmodel import access, chat, completions, connections, effects, errors, exchange, passing, routes, wire
+from asmodel import (
+    access,
+    chat,
+    completions,
+    connections,
+    effects,
+    errors,
+    exchange,
+    passing,
+    response_store,
+    response_wire,
+    responses,
+    routes,
+    wire,
+)
 from asmodel.errors import AsmodelError
-from asmodel.settings import IdempotencySettings, LimitsSettings
+from asmodel.settings import IdempotencySettings, LimitsSettings, StoreSettings
 
 ROUTES: Mapping[str, str] = {
     "POST /v1/chat/completions": "an answer, whole or as a stream; of programs and of passed-through upstreams",
+    "POST /v1/responses": "an answer in the shape of a response, whole or as events: see below",
+    "GET /v1/responses/{id}": "a response that is kept; 404 where there is none, or none of this caller's",
+    "DELETE /v1/responses/{id}": "and it is not kept any more",
+    "GET /v1/responses/{id}/input_items": "what it was asked, with what went before it: `order` (`desc`, or `asc`), "
+    f"`limit` (1 to {responses.MOST_LISTED}, else {responses.LISTED}), `after`",
     "POST /v1/completions": "raw text continued, whole or as a stream; of upstreams alone",
     "POST /v1/embeddings": "vectors of texts; of upstreams alone",
     "GET /v1/models": "programs, presets and upstreams; under `asmodel` what each is and, of a program, its "
@@ -124,9 +143,61 @@ _LIMITS: Mapping[str, str] = {
 }
 
 
+_AS_ABOVE = ("as above", "as above")
+_RESPONSE: Mapping[str, tuple[str, str]] = {
+    "model": _AS_ABOVE,
+    "input": (
+        "text, or items: `message`, `function_call`, `function_call_output`, `reasoning`, and `item_reference` to an "
+        "item that is kept; an item or a part of another type is refused",
+        "the same",
+    ),
+    "instructions": ("a system message before all others; not carried over", "the same"),
+    "previous_response_id": (
+        "the conversation goes on from there; 404 `previous_response_not_found` where it is not kept, or is another's",
+        "the same",
+    ),
+    "store": ("`false` keeps nothing", "the same; not sent"),
+    "stream": ("honoured: see below", "honoured: see below"),
+    "stream_options": ("has no meaning: nothing is obfuscated", "the same; not sent"),
+    "max_output_tokens": ("a hint for the reply step", "sent as `max_completion_tokens`"),
+    "temperature": ("a hint for the reply step", "as it was sent"),
+    "top_p": ("a hint for the reply step", "as it was sent"),
+    "top_logprobs": ("refused, unless it supports `logprobs` (but `0`)", "sent, with `logprobs`"),
+    "text": (
+        "`format` is refused, unless it supports `response_format` (but of type `text`); `verbosity` is a hint for the "
+        "reply step",
+        "sent as `response_format` and `verbosity`",
+    ),
+    "reasoning": (
+        "`effort` is a hint for the reply step; `summary` has no meaning: what there is, is told; `context` and `mode` "
+        "are ignored",
+        "`effort` is sent as `reasoning_effort`; the others are not sent",
+    ),
+    "tools": (
+        "refused, unless it supports `tools` (but `[]`); only tools of type `function`",
+        "only tools of type `function`; sent as a chat completion's",
+    ),
+    "tool_choice": (
+        "refused, unless it supports `tools` (but `none`, `auto`)",
+        "text, `function` or `allowed_tools`; sent as a chat completion's",
+    ),
+    "parallel_tool_calls": ("refused, unless it supports `tools` (but `true`, `false`)", "as it was sent"),
+    "max_tool_calls": ("has no meaning: it is about tools that the API runs itself", "the same; not sent"),
+    "include": (
+        "`message.output_text.logprobs` is refused, unless it supports `logprobs`; others are ignored, for there is "
+        "nothing of the kind",
+        "`message.output_text.logprobs` is sent as `logprobs`; others are not sent",
+    ),
+    "metadata": ("kept with the response", "the same; not sent"),
+    "documents": _AS_ABOVE,
+    "asmodel": _AS_ABOVE,
+}
+"""What is done with the parameters of a response, but for those that are refused or mean what they mean in a chat."""
+
+
 def page() -> str:
     """The whole page, as Markdown."""
-    limits, named = LimitsSettings(), IdempotencySettings()
+    limits, named, kept = LimitsSettings(), IdempotencySettings(), StoreSettings()
     return _wrapped(f"""\
 # OpenAI's API, as asmodel speaks it
 
@@ -214,6 +285,38 @@ Of an upstream that is passed through, its own chunks come instead, and one `[DO
 `{{"error": {{…}}}}` and the end; there is no `[DONE]` then, and what has begun to be answered is not begun anew. A
 client that reads slowly holds up nobody else, and one that leaves ends its run.
 
+## Responses
+
+A **response** is the same answer in another shape: the request becomes a chat completion, by the tables above and
+below, and its answer a response. So all upstreams have it, whether or not they speak that API; they are asked for chat
+completions, and their answers are translated. Caches, limits, receipts, headers and errors are the same.
+
+{_table(("parameter", "what it may be", "for a program", "passed through"), _response_parameters())}
+
+A field that is not in this table goes the way of one that is not in the table of a chat completion. Those of a chat
+completion that have another name here are refused: {", ".join(f"`{name}`" for name in response_wire.ELSEWHERE)}.
+
+What an assistant said and called in one turn is one message to the model. Reasoning that comes back goes with the calls
+it led to (as `reasoning_content`), and nowhere else; summaries go to no model.
+
+The `output` has an item `reasoning` where there is some (`content` is the model's own; `summary` is what a program was
+at, in streams alone), a `message`, and a `function_call` for each call of a tool of the client's. An answer that was
+cut off is `incomplete`, by `max_output_tokens` or `content_filter`. The receipt is under `asmodel`, of programs.
+
+**Events**, each with its `sequence_number`: `response.created` and `response.in_progress`; for each item
+`response.output_item.added`, what is in it as it comes (`response.output_text.delta`,
+`response.function_call_arguments.delta`, `response.reasoning_summary_text.delta` for what the program is at,
+`response.reasoning_text.delta`, `response.refusal.delta`, each with its part's `added` and `done`) and
+`response.output_item.done`; then `response.completed` or `response.incomplete`, with all of it. An error in the middle
+is `response.failed`, with the receipt, and then `error`, which SDKs raise.
+
+**Kept** are responses that came to their end, unless the request has `store: false` or the server `[store] kind =
+"off"`; `store` of a response says whether it is. They are kept by holder of a key, in a file that its user alone can
+read, for {kept.days:g} days after they were made or last gone on from, and in {kept.bytes:,} bytes together, beyond
+which the oldest go first. They are no part of the cache. One that goes on from another holds what is its own: where the
+other is deleted, it can be read still, and not be gone on from. A conversation that goes on has at most as many items
+and bytes as a request may have.
+
 ## Idempotency-Key
 
 Requests of one caller with one key are one run. One that comes while the run is under way joins it, and is told all
@@ -297,6 +400,20 @@ def _passed(kind: type[BaseModel]) -> Iterable[tuple[str, str]]:
         yield f"`{name}`", may_be
 
 
+def _response_parameters() -> Iterable[tuple[str, str, str, str]]:
+    schema = response_wire.ResponseRequest.model_json_schema()
+    for name in response_wire.ResponseRequest.model_fields:
+        may_be = _words(schema["properties"][name], schema["$defs"])
+        if name in response_wire.UNSUPPORTED:
+            calm = "".join(f" (but {_json(value)})" for value in response_wire.CALM.get(name, ()))
+            program = upstream = f"refused{calm}: {response_wire.UNSUPPORTED[name]}"
+        elif name in _RESPONSE:
+            program, upstream = _RESPONSE[name]
+        else:
+            program, upstream = "ignored", "as it was sent"
+        yield f"`{name}`", "an object" if name == "asmodel" else may_be, program, upstream
+
+
 def _parts() -> str:
     told = [f"`{part}` is refused unless it supports `{need}`" for part, need in wire.PARTS.items()]
     files = "a `file` of text is a document as well"
@@ -368,7 +485,8 @@ def errors_told() -> Iterable[tuple[str, str, str, str, str]]:
     told = dict(_TREE.findall(errors.__doc__ or ""))
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AsmodelError)]
     kinds += [access.Unauthorized, exchange.BodyTimeout, routes.RouteNotFound, routes.MethodNotAllowed]
-    kinds += [effects.EffectUnknown, effects.JournalUnusable]
+    kinds += [effects.EffectUnknown, effects.JournalUnusable, response_store.StoreUnavailable]
+    kinds += [responses.PreviousResponseNotFound, responses.ResponseNotFound]
     rows: list[tuple[str, str, str, str, str]] = []
     for kind in kinds:
         if kind in (errors.ConfigurationError, errors.UpstreamError):
@@ -395,6 +513,9 @@ _WHEN: Mapping[str, str] = {
     "MethodNotAllowed": "the route is asked with another method",
     "EffectUnknown": "a tool whose doing must not be repeated was begun, and it is not known whether it was done",
     "JournalUnusable": "the journal of such tools cannot be read or written just now; nothing was done",
+    "StoreUnavailable": "the responses that are kept cannot be read just now",
+    "PreviousResponseNotFound": "what `previous_response_id` names is not kept here, or not for this caller",
+    "ResponseNotFound": "no such response is kept here, or not for this caller",
     "PayloadTooLarge": "the body is larger than this server takes",
     "UpstreamRejected": "an upstream calls the request wrong",
     "UpstreamRateLimited": "an upstream is asked too often; with `retry-after`",

@@ -123,6 +123,8 @@ class Asked:
     """The request as it was sent, by which it is known that an identity is used for no other."""
     retry: bool = False
     """Whether an SDK sends the request again by itself."""
+    translated: bool = False
+    """Whether the answer is given another shape than an upstream's own, so that its bytes are never passed on."""
     ignored: tuple[str, ...] = ()
     """Names of what was sent and has no meaning for this model."""
 
@@ -338,7 +340,7 @@ class Service:
     async def passes_on(self, job: Job) -> bool:
         """Whether the upstream's own bytes go to the client: it speaks OpenAI's format, and no cache is asked first."""
         model = job.model
-        if isinstance(model, ServedProgram) or self._policy(model, job.asked).mode != "off":
+        if isinstance(model, ServedProgram) or job.asked.translated or self._policy(model, job.asked).mode != "off":
             return False
         # What format it speaks is known from the start, other than what must be tried.
         known = self.verbatim.get(model.name)

@@ -335,6 +335,25 @@ class RecordingSettings(_Table):
     )
 
 
+class StoreSettings(_Table):
+    """Responses that are kept, so that `previous_response_id` can go on from them. They are no part of the cache."""
+
+    kind: Literal["disk", "off"] = Field(
+        default="disk", description="`disk`, or `off`: nothing is kept, as by `store: false` of a request."
+    )
+    path: Folder | None = Field(
+        default=None,
+        description="The folder that they are kept in.",
+        json_schema_extra={"default_words": "`asmodel/responses` in `$XDG_STATE_HOME`, or in `~/.local/state`"},
+    )
+    days: Number = Field(default=7, gt=0, description="Days that one is kept after it was made, or last gone on from.")
+    bytes: Whole = Field(
+        default=1_073_741_824,
+        ge=100_000,
+        description="Bytes that they may take together; those that were not gone on from for longest go first.",
+    )
+
+
 class LogSettings(_Table):
     """How the log looks."""
 
@@ -383,6 +402,9 @@ class Settings(BaseSettings):
     recording: RecordingSettings = Field(
         default=RecordingSettings(),
         description="What runs were asked and answered, kept so that they can be replayed.",
+    )
+    store: StoreSettings = Field(
+        default=StoreSettings(), description="Responses that are kept, so that clients can go on from them."
     )
     log: LogSettings = Field(default=LogSettings(), description="How the log looks.")
     metrics: MetricsSettings = Field(default=MetricsSettings(), description="Who may read `/metrics`.")
@@ -506,6 +528,10 @@ def _add_places(values: dict[str, Any], environ: Mapping[str, str]) -> None:
     if isinstance(recording, dict):
         path = base("XDG_STATE_HOME", "~/.local/state") / "asmodel" / "recordings"
         values["recording"] = {"path": path, **cast("dict[str, Any]", recording)}
+    store = values.setdefault("store", {})
+    if isinstance(store, dict):
+        path = base("XDG_STATE_HOME", "~/.local/state") / "asmodel" / "responses"
+        values["store"] = {"path": path, **cast("dict[str, Any]", store)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -353,7 +353,7 @@ def _checked(kind: type[Read], sent: Json) -> Read:
     try:
         return kind.of(sent)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_input=False), sent) from None
+        raise refusal_of(error.errors(include_url=False, include_input=False), sent) from None
 
 
 _ROLES = frozenset(("developer", "system", "user", "assistant", "tool", "function"))
@@ -440,7 +440,8 @@ def check_size(body: Json) -> None:
     raise InvalidRequest(f"the body is nested more than {DEPTH} deep")
 
 
-def _refusal(errors: Sequence[ErrorDetails], body: object) -> InvalidRequest:
+def refusal_of(errors: Sequence[ErrorDetails], body: object) -> InvalidRequest:
+    """What to say of a body that was not valid, by the validator's errors."""
     # A union reports an error for each of its branches. Deepest is the one that the value came closest to; among equals
     # what is wrong with a value of the right type tells more than that it is not of some other.
     placed = [(list(_place(e["loc"], body, missing=e["type"] == "missing")), e) for e in errors[:16]]
