@@ -482,6 +482,6 @@ def test_a_response_says_what_was_asked_for() -> None:
     )
     Response.model_validate(body)
     assert (body["instructions"], body["metadata"], body["store"]) == ("i", {"a": "b"}, False)
-    assert body["text"]["format"] == {**schema, "description": None, "strict": None}
+    assert body["text"]["format"] == {**schema, "description": None, "strict": False}
     assert body["tools"] == [{"type": "function", "name": "f", "description": None, "parameters": None, "strict": None}]
     assert (body["temperature"], body["tool_choice"], body["parallel_tool_calls"]) == (1.0, "auto", True)

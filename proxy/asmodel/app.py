@@ -90,8 +90,8 @@ class Parts:
         )
 
     async def open_store(self) -> None:
-        """Open the cache, which takes milliseconds and must be there before anything is answered; and what is kept."""
-        stores: list[object] = [self.store, self.journals, self.responses]
+        """Open the cache, which takes milliseconds and must be there before anything is answered."""
+        stores: list[object] = [self.store, self.journals]
         for store in stores:
             if isinstance(store, Openable):
                 await store.open()
@@ -372,6 +372,8 @@ def create_app(
         try:
             traces = parts.trace()
             await parts.open_store()
+            if parts.responses is not None:  # Which only a server has a use for.
+                await parts.responses.open()
         except Exception as error:
             failed(error)
         else:

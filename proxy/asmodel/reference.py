@@ -315,7 +315,8 @@ is `response.failed`, with the receipt, and then `error`, which SDKs raise.
 read, for {kept.days:g} days after they were made or last gone on from, and in {kept.bytes:,} bytes together, beyond
 which the oldest go first. They are no part of the cache. One that goes on from another holds what is its own: where the
 other is deleted, it can be read still, and not be gone on from. A conversation that goes on has at most as many items
-and bytes as a request may have.
+and bytes as a request may have. The processes of one machine share what is kept; several machines do not, and where a
+client may meet any of them it should send its whole conversation.
 
 ## Idempotency-Key
 

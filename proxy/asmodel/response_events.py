@@ -23,7 +23,7 @@ def head(request: ResponseRequest, id: str, created: int, *, store: bool) -> Jso
     reasoning = request.reasoning
     text: Json = {"format": {"type": "text"}}
     if request.text is not None and request.text.format is not None:
-        defaults = {"description": None, "strict": None} if request.text.format.get("type") == "json_schema" else {}
+        defaults = {"description": None, "strict": False} if request.text.format.get("type") == "json_schema" else {}
         text["format"] = {**defaults, **request.text.format}
     if request.text is not None and request.text.verbosity is not None:
         text["verbosity"] = request.text.verbosity

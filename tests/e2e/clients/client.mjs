@@ -5,7 +5,7 @@
 import dns from "node:dns";
 import { createInterface } from "node:readline";
 import OpenAI from "openai";
-import { zodResponseFormat } from "openai/helpers/zod";
+import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { VERSION } from "openai/version";
 import { z } from "zod";
 
@@ -118,6 +118,77 @@ const WAYS = {
     }
     const second = await client.chat.completions.create({ ...body, messages, tools: [TOOL] }, options);
     return { first: wire(first), second: wire(second) };
+  },
+
+  async respond(client, { ask }) {
+    const response = await client.responses.create(...split(ask));
+    return { response: wire(response), text: response.output_text, request_id: response._request_id };
+  },
+
+  async respond_stream(client, { ask }) {
+    const [body, options] = split(ask);
+    const result = { events: [] };
+    try {
+      for await (const event of await client.responses.create({ ...body, stream: true }, options)) {
+        result.events.push(wire(event));
+      }
+    } catch (error) {
+      result.error = failure(error);
+    }
+    return result;
+  },
+
+  async respond_parse(client, { ask, schema }) {
+    const [body, options] = split(ask);
+    const text = { format: zodTextFormat(SCHEMAS[schema], schema) };
+    return { parsed: (await client.responses.parse({ ...body, text }, options)).output_parsed };
+  },
+
+  async respond_accumulate(client, { ask, schema }) {
+    const [body, options] = split(ask);
+    const more = schema ? { text: { format: zodTextFormat(SCHEMAS[schema], schema) } } : {};
+    const runner = client.responses.stream({ ...body, ...more }, options);
+    const events = [];
+    runner.on("event", (event) => events.push(event.type));
+    const final = await runner.finalResponse();
+    return { events, text: final.output_text, parsed: final.output_parsed ?? null };
+  },
+
+  async respond_tools(client, { ask, kept }) {
+    const [body, options] = split(ask);
+    const tools = [{ type: "function", ...TOOL.function }];
+    const first = await client.responses.create({ ...body, tools }, options);
+    const results = [];
+    for (const item of first.output.filter((item) => item.type === "function_call")) {
+      const { a, b } = JSON.parse(item.arguments);
+      results.push({ type: "function_call_output", call_id: item.call_id, output: String(a + b) });
+    }
+    const more = kept
+      ? { input: results, previous_response_id: first.id }
+      : { input: [{ role: "user", content: body.input }, ...first.output, ...results] };
+    const second = await client.responses.create({ ...body, tools, ...more }, options);
+    return { first: wire(first), second: wire(second), text: second.output_text };
+  },
+
+  async keep(client, { ask, then }) {
+    const first = await client.responses.create(ask);
+    const second = await client.responses.create({ ...then, previous_response_id: first.id });
+    const read = await client.responses.retrieve(second.id);
+    const items = [];
+    for await (const item of client.responses.inputItems.list(second.id, { limit: 2 })) items.push(wire(item));
+    await client.responses.delete(first.id);
+    const gone = [];
+    for (const way of [
+      () => client.responses.retrieve(first.id),
+      () => client.responses.create({ ...then, previous_response_id: second.id }),
+    ]) {
+      try {
+        await way();
+      } catch (error) {
+        gone.push(failure(error));
+      }
+    }
+    return { second: wire(second), read: wire(read), items, gone };
   },
 
   async models(client) {

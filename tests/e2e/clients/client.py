@@ -182,7 +182,90 @@ async def abort(client: Any, order: dict[str, Any]) -> dict[str, Any]:
     return {"left_at": left_at}
 
 
-WAYS = {way.__name__: way for way in (create, raw, stream, parse, accumulate, tools, models, model, get, abort)}
+async def respond(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    response = await settled(client.responses.create(**order["ask"]))
+    return {"response": plain(response), "text": response.output_text, "request_id": response._request_id}
+
+
+async def respond_stream(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {"events": []}
+    try:
+        async for event in each(await settled(client.responses.create(stream=True, **order["ask"]))):
+            result["events"].append(plain(event))
+    except Exception as error:
+        result["error"] = failure(error)
+    return result
+
+
+async def respond_parse(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    response = await settled(client.responses.parse(text_format=SCHEMAS[order["schema"]], **order["ask"]))
+    return {"parsed": response.output_parsed.model_dump()}
+
+
+async def respond_accumulate(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """By the SDK's own helper."""
+    more: dict[str, Any] = {"text_format": SCHEMAS[order["schema"]]} if "schema" in order else {}
+    kinds: list[str] = []
+    manager = client.responses.stream(**order["ask"], **more)
+    if IS_ASYNC:
+        async with manager as events:
+            async for event in events:
+                kinds.append(event.type)
+            final = await events.get_final_response()
+    else:
+        with manager as events:
+            for event in events:
+                kinds.append(event.type)
+            final = events.get_final_response()
+    parsed = final.output_parsed
+    return {
+        "events": kinds,
+        "text": final.output_text,
+        "parsed": parsed.model_dump() if isinstance(parsed, BaseModel) else None,
+    }
+
+
+async def respond_tools(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Ask with a tool, do what the model wants done, go on with the result: from what is kept, or all of it anew."""
+    ask: dict[str, Any] = {**order["ask"], "tools": [{"type": "function", **TOOL["function"]}]}
+    first = await settled(client.responses.create(**ask))
+    results: list[Any] = []
+    for item in first.output:
+        if item.type == "function_call":
+            given = json.loads(item.arguments)
+            output = str(given["a"] + given["b"])
+            results.append({"type": "function_call_output", "call_id": item.call_id, "output": output})
+    if order["kept"]:
+        more: dict[str, Any] = {"input": results, "previous_response_id": first.id}
+    else:
+        asked = {"role": "user", "content": ask["input"]}
+        more = {"input": [asked, *(item.model_dump(exclude_unset=True) for item in first.output), *results]}
+    second = await settled(client.responses.create(**{**ask, **more}))
+    return {"first": plain(first), "second": plain(second), "text": second.output_text}
+
+
+async def keep(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Ask, go on, read both again, list what was asked, delete, and read once more."""
+    first = await settled(client.responses.create(**order["ask"]))
+    second = await settled(client.responses.create(**order["then"], previous_response_id=first.id))
+    read = await settled(client.responses.retrieve(second.id))
+    items = [plain(item) async for item in each(await settled(client.responses.input_items.list(second.id, limit=2)))]
+    await settled(client.responses.delete(first.id))
+    result: dict[str, Any] = {"second": plain(second), "read": plain(read), "items": items}
+    for way in (
+        lambda: client.responses.retrieve(first.id),
+        lambda: client.responses.create(**order["then"], previous_response_id=second.id),
+    ):
+        try:
+            await settled(way())
+        except Exception as error:
+            result.setdefault("gone", []).append(failure(error))
+    return result
+
+
+CHAT = (create, raw, stream, parse, accumulate, tools, models, model, get, abort)
+RESPONSES = (respond, respond_stream, respond_parse, respond_accumulate, respond_tools, keep)
+WAYS = {way.__name__: way for way in (*CHAT, *RESPONSES)}
 
 
 async def obey(order: dict[str, Any]) -> dict[str, Any]:
