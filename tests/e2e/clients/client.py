@@ -11,7 +11,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import openai
@@ -252,10 +252,11 @@ async def keep(client: Any, order: dict[str, Any]) -> dict[str, Any]:
     items = [plain(item) async for item in each(await settled(client.responses.input_items.list(second.id, limit=2)))]
     await settled(client.responses.delete(first.id))
     result: dict[str, Any] = {"second": plain(second), "read": plain(read), "items": items}
-    for way in (
+    ways: list[Callable[[], Any]] = [
         lambda: client.responses.retrieve(first.id),
         lambda: client.responses.create(**order["then"], previous_response_id=second.id),
-    ):
+    ]
+    for way in ways:
         try:
             await settled(way())
         except Exception as error:
