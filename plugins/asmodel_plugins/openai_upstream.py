@@ -694,7 +694,7 @@ class Stream:
             chunk = None
         if not isinstance(chunk, dict):
             raise _Unreadable("an event is not a JSON object")
-        found: dict[str, Any] = chunk
+        found = cast("dict[str, Any]", chunk)
         if "error" in found:
             self._look_for_error(found)
         return found
