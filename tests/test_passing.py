@@ -160,8 +160,8 @@ class Ways:
         """How many requests have gone the short way."""
         find = passage.of
 
-        def counting(scope: Any) -> Any:
-            found = find(scope)
+        def counting(scope: Any, started: float) -> Any:
+            found = find(scope, started)
             self.taken += found is not None
             return found
 
@@ -215,10 +215,19 @@ class Ways:
                 found[family.name, labels] = values[0]
         return found
 
-    async def spoken(self, request: bytes, *, leaves: bool) -> tuple[int, list[tuple[str, str]], bytes]:
+    async def spoken(
+        self, request: bytes, *, leaves: bool, pauses: float | None = None
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
+        """With `pauses` the body is sent after the headers, in two parts, and so many seconds between them."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             count = len(self.up.received)
+            if pauses is not None:
+                head = request.index(b"\r\n\r\n") + 4
+                for part in (request[:head], request[head : head + 9]):
+                    writer.write(part)
+                    await asyncio.sleep(pauses)
+                request = request[head + 9 :]
             writer.write(request)
             if leaves:
                 assert await until(lambda: len(self.up.received) > count)
@@ -561,6 +570,35 @@ async def test_what_is_out_of_the_ordinary_goes_the_long_way(ways: Ways, asked: 
     ways.up.script = [whole("hello")]
     seen = await ways.ask(asked, short=True)
     assert (seen.status, ways.taken) == (status, 0)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_body_that_comes_after_its_headers_goes_the_short_way_too(ways: Ways, streamed: bool) -> None:
+    said = stream(chunk({"content": "hello"}), chunk({}, "stop")) if streamed else whole("hello")
+    ways.up.script, ways.app.passage = [said], ways.passage
+    status, _, body = await ways.spoken(request({**ASKED, "stream": streamed}), leaves=False, pauses=0.002)
+    assert (status, ways.taken) == (200, 1)
+    assert b"hello" in body
+
+
+async def test_a_body_that_takes_its_time_is_waited_for_on_the_long_way(ways: Ways) -> None:
+    ways.up.script, ways.app.passage = [whole("hello")], ways.passage
+    status, _, body = await ways.spoken(request(ASKED), leaves=False, pauses=0.1)
+    assert (status, ways.taken) == (200, 0)
+    assert b"hello" in body
+
+
+async def test_whoever_leaves_in_the_middle_of_a_body_is_asked_for_nothing(ways: Ways) -> None:
+    ways.app.passage = ways.passage
+    count = len(ways.up.received)
+    _, writer = await asyncio.open_connection("127.0.0.1", ways.port)
+    writer.write(request(ASKED)[:-9])
+    await asyncio.sleep(0.01)
+    writer.close()
+    assert await until(lambda: not ways.passage.admitted.requests)
+    await asyncio.sleep(0.1)
+    assert len(ways.up.received) == count
+    assert not ways.passage.admitted.requests
 
 
 async def test_what_gathers_and_what_captures_is_seen_on_the_long_way(

@@ -35,6 +35,9 @@ that a client that reads slowly does not hold an upstream's slot."""
 SMALL = 65_536
 """Bytes of a body that may be taken at once; what is larger is received, and counted by whoever counts."""
 
+SOON = 0.05
+"""Seconds that the rest of a small body is waited for."""
+
 EXTENSION = "asmodel.connection"
 """Of the ASGI scope: the `Cycle`, which can say at once what ASGI's `receive` has to be awaited for."""
 
@@ -51,6 +54,28 @@ class Cycle(RequestResponseCycle):
         if self.more_body or len(self.body) > SMALL or self.waiting_for_100_continue or self.disconnected:
             return None
         return bytes(self.body)
+
+    @property
+    def soon(self) -> bool:
+        """Whether a small body was announced of which some is not here yet: many clients send it after the headers."""
+        if not self.more_body or self.waiting_for_100_continue or self.disconnected:
+            return False
+        for name, value in cast("Any", self.scope)["headers"]:
+            if name == b"content-length":
+                return len(value) <= 5 and int(value) <= SMALL
+        return False
+
+    async def arrival(self) -> None:
+        """Wait a moment for the rest of the body. What takes longer has to be received, by whoever has patience."""
+        loop = asyncio.get_running_loop()
+        enough = loop.time() + SOON
+        timer = loop.call_at(enough, self.message_event.set)
+        try:
+            while self.more_body and not self.disconnected and loop.time() < enough:
+                self.message_event.clear()
+                await self.message_event.wait()
+        finally:
+            timer.cancel()
 
     def take(self) -> None:
         """What was looked at is not to be received any more."""

@@ -71,9 +71,13 @@ class Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self.passage is not None and (request := self.passage.of(scope)) is not None:
-            await request.run(scope, receive, send)
-            return
+        if self.passage is not None:
+            started = time.monotonic()
+            if (cycle := self.passage.awaited(scope)) is not None:
+                await cycle.arrival()
+            if (request := self.passage.of(scope, started)) is not None:
+                await request.run(scope, receive, send)
+                return
         metrics, method, scheme = self._metrics, str(scope["method"]), str(scope.get("scheme", "http"))
         started = time.perf_counter()
         status = 0

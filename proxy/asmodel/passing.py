@@ -224,8 +224,15 @@ class Passage:
                     numbers = Through(metrics, name, PATH)
                     self.ways[name] = Way(ServedUpstream(name=name, upstream=upstream), layers, numbers)
 
-    def of(self, scope: Scope) -> Request | None:
-        """The request, if it can go the short way. Changes nothing."""
+    def awaited(self, scope: Scope) -> Cycle | None:
+        """The connection, if it is worth a moment's waiting for the rest of what may go the short way."""
+        if not self.ways or scope["path"] != PATH:
+            return None
+        cycle: object = (scope.get("extensions") or _NOTHING).get(EXTENSION)
+        return cycle if type(cycle) is Cycle and cycle.soon else None
+
+    def of(self, scope: Scope, started: float) -> Request | None:
+        """The request, if it can go the short way; it came at `started`, by the monotonic clock. Changes nothing."""
         if not self.ways or scope["path"] != PATH or scope["method"] != "POST" or scope["scheme"] != "http":
             return None
         extensions: Mapping[str, Any] = scope.get("extensions") or _NOTHING
@@ -264,7 +271,7 @@ class Passage:
             caller = self.access.admit(said)
         except AsmodelError:
             return None
-        return Request(self, way, cycle, tracer, caller, headers, len(body), cast("wire.Json", sent), messages)
+        return Request(self, way, cycle, tracer, caller, headers, len(body), cast("wire.Json", sent), messages, started)
 
     def _messages(self, sent: wire.Json) -> Sequence[Mapping[str, Any]] | None:
         """Those of a request that is right, each as `Message.wire` has it, and asks for one answer."""
@@ -328,9 +335,10 @@ class Request(Speaking):
         size: int,
         sent: wire.Json,
         messages: Sequence[Mapping[str, Any]],
+        started: float,
     ) -> None:
         super().__init__()
-        self._started = time.monotonic()
+        self._started = started
         self._passage = passage
         self._way = way
         self._cycle = cycle
