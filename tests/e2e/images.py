@@ -171,7 +171,7 @@ def image(*, litellm: bool = True, embedded: bool = False) -> Image:
         for old in golang.cache().glob(f"{kind}-??????????"):
             shutil.rmtree(old, ignore_errors=True)
         _build(folder, arguments)
-    return Image(folder / "root", json.loads((folder / "config.json").read_text()))
+    return Image(folder / "root", json.loads((folder / "inspected.json").read_text())["OCIv1"]["config"])
 
 
 _BUILD = """
@@ -188,7 +188,7 @@ buildah bud --pull-never --signature-policy "$WORK/policy.json" --file helm/Cont
 made=$(buildah from --pull-never --signature-policy "$WORK/policy.json" localhost/made)
 mkdir "$WORK/made"
 cp -a "$(buildah mount "$made")" "$WORK/made/root"
-buildah inspect --type image --format '{{json .OCIv1.Config}}' localhost/made > "$WORK/made/config.json"
+buildah inspect --type image localhost/made > "$WORK/made/inspected.json"
 """
 
 

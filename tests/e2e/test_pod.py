@@ -213,9 +213,11 @@ def test_a_pod_answers_as_another_user_with_a_read_only_root(tmp_path: Path, pla
         # What is kept is private, in a volume that is not the server's own.
         cache = server.volume("data") / "cache" / "asmodel"
         assert (cache.stat().st_uid, cache.stat().st_mode & 0o777) == (10001, 0o700)
-        assert (server.volume("data") / "state" / "asmodel" / "traces.sqlite").stat().st_mode & 0o777 == 0o600
+        traces = server.volume("data") / "state" / "asmodel" / "traces.sqlite"
+        eventually("the trace is written", traces.exists)
+        assert traces.stat().st_mode & 0o777 == 0o600
         # An operator looks into it; an image's own health check asks it.
-        assert "three" in server.run("asmodel", "trace").stdout
+        eventually("the run is found", lambda: "three" in server.run("asmodel", "trace").stdout)
         assert server.run("asmodel", "health", "--ready").returncode == 0
         for line in server.said.splitlines():
             assert "Traceback" not in line
