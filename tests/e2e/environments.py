@@ -27,9 +27,21 @@ CACHE = "ASMODEL_E2E_CACHE"
 
 OPENAI_2 = ("python-openai-2", "openai>=2,<3")
 OPENAI_3 = ("python-openai-3", "openai>=3,<4")
+FRAMEWORKS = {
+    "langchain": ("python-langchain", "langchain-openai>=1,<2", "langchain>=1,<2"),
+    "pydantic-ai": ("python-pydantic-ai", "pydantic-ai-slim[openai]>=1"),
+    "openai-agents": ("python-openai-agents", "openai-agents>=0.4"),
+    "llm": ("python-llm", "llm>=0.27"),
+    "litellm": ("python-litellm", "litellm>=1.100,<2"),
+}
+"""What people write their applications with, each by itself."""
+SCHEMATHESIS = ("python-schemathesis", "schemathesis>=4.32,<5")
+LLM_COMPLY = ("python-llm-comply", "llm-comply==0.5.0")
 NODE = "^22"
 """The oldest that the SDK's current major version takes."""
 NODE_PACKAGES = {"openai": "^7", "zod": "^4"}
+AI_PACKAGES = {"ai": "^7", "@ai-sdk/openai-compatible": "^3", "@ai-sdk/openai": "^4", "zod": "^4"}
+COMPATCANARY = {"compatcanary": "0.2.2"}
 
 READY = "ready.json"
 """In a finished environment: what is installed there, name -> version."""
@@ -88,10 +100,10 @@ def python(name: str, *requirements: str) -> Environment:
     return Environment(folder / "bin" / "python", folder)
 
 
-def node() -> Environment:
-    """Node and the SDK, both npm packages. Raises EnvironmentUnavailable."""
+def node(name: str = "node", packages: Mapping[str, str] = NODE_PACKAGES) -> Environment:
+    """Node and the packages, all of npm. Raises EnvironmentUnavailable."""
     runtime = _node_package()
-    wanted = {runtime: NODE, **NODE_PACKAGES}
+    wanted = {runtime: NODE, **packages}
 
     def build(folder: Path) -> dict[str, str]:
         folder.mkdir()
@@ -99,11 +111,11 @@ def node() -> Environment:
         npm, environment = _npm()
         # The packages need no scripts of theirs; some versions of npm would ask about them.
         command = [*npm, "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund"]
-        _run([*command, "--loglevel=error"], "node", cwd=folder, environment=environment)
+        _run([*command, "--loglevel=error"], name, cwd=folder, environment=environment)
         modules = folder / "node_modules"
         return {name: json.loads((modules / name / "package.json").read_text())["version"] for name in wanted}
 
-    folder = _made("node", [json.dumps(wanted, sort_keys=True)], build)
+    folder = _made(name, [json.dumps(wanted, sort_keys=True)], build)
     return Environment(folder / "node_modules" / runtime / "bin" / "node", folder)
 
 
@@ -210,7 +222,13 @@ def _persons_own() -> dict[str, str]:
 
 
 def main() -> None:
-    for made in (python(*OPENAI_2), python(*OPENAI_3), node()):
+    every = (OPENAI_2, OPENAI_3, *FRAMEWORKS.values(), SCHEMATHESIS, LLM_COMPLY)
+    for made in (
+        *(python(*wanted) for wanted in every),
+        node(),
+        node("node-ai", AI_PACKAGES),
+        node("node-compatcanary", COMPATCANARY),
+    ):
         print(made.folder.name, *(f"{name} {version}" for name, version in made.versions.items()))
 
 
