@@ -348,6 +348,21 @@ it is asked is a 502 with `upstream_model_not_found`, `insufficient_quota` or `u
 retry.
 
 {_table(("status", "code", "type", "SDKs ask again", "when"), errors_told())}
+
+## What others' tests say of it
+
+Suites that judge any server of OpenAI's API, run by `make e2e` against `plain`, `self-consistency` and an upstream that
+is passed through, all over one scripted upstream that calls the tools and fills the schemas that it is given:
+
+{_table(("suite", "of", "passes", "does not, and why"), _SUITES)}
+
+schemathesis asks some thousands of requests, right and wrong ones, by `/openapi.json`: every answer is one that the
+document has, and none is a fault of asmodel's own.
+
+A streamed conversation with a tool call comes to its answer, by `plain` and by a passed-through upstream, with the
+official SDKs of OpenAI for Python (2 and 3) and Node, LangChain's `ChatOpenAI`, pydantic-ai, the OpenAI Agents SDK
+(`OpenAIChatCompletionsModel`), litellm's SDK, the `llm` command, and the Vercel AI SDK (`@ai-sdk/openai-compatible`,
+and `@ai-sdk/openai` by `.chat(…)`).
 """)
 
 
@@ -527,6 +542,21 @@ _WHEN: Mapping[str, str] = {
     "UpstreamAuth": "the upstream refuses *our* key: the client's is fine, so it is never a 401",
 }
 """Of the errors that the tree in `errors` does not have, or has in words for those who write code."""
+
+
+_VOTES = "it votes on texts, supports neither, and says so with a 400"
+_SUITES: Sequence[tuple[str, str, str, str]] = (
+    (
+        "llm-comply 0.5.0",
+        "`plain`, passed through",
+        "8 of 9",
+        "`chat-reasoning-summary`, which the suite leaves out for models that are not OpenAI's by name",
+    ),
+    ("", "`self-consistency`", "6 of 9", f"the same; `chat-tool-calling`, `chat-image-input`: {_VOTES}"),
+    ("CompatCanary 0.2.2, `chat`", "`plain`, passed through", "5 of 5", ""),
+    ("", "`self-consistency`", "3 of 5", f"`chat.tool_call`, `chat.structured_output`: {_VOTES}"),
+)
+"""What tests/e2e/test_compliance.py asserts."""
 
 
 if __name__ == "__main__":

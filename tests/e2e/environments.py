@@ -27,9 +27,21 @@ CACHE = "ASMODEL_E2E_CACHE"
 
 OPENAI_2 = ("python-openai-2", "openai>=2,<3")
 OPENAI_3 = ("python-openai-3", "openai>=3,<4")
+FRAMEWORKS = {
+    "langchain": ("python-langchain", "langchain-openai>=1,<2", "langchain>=1,<2"),
+    "pydantic-ai": ("python-pydantic-ai", "pydantic-ai-slim[openai]>=1"),
+    "openai-agents": ("python-openai-agents", "openai-agents>=0.4"),
+    "llm": ("python-llm", "llm>=0.27"),
+    "litellm": ("python-litellm", "litellm>=1.100,<2"),
+}
+"""What people write their applications with, each by itself."""
+SCHEMATHESIS = ("python-schemathesis", "schemathesis>=4.32,<5")
+LLM_COMPLY = ("python-llm-comply", "llm-comply==0.5.0")
 NODE = "^22"
 """The oldest that the SDK's current major version takes."""
 NODE_PACKAGES = {"openai": "^7", "zod": "^4"}
+AI_PACKAGES = {"ai": "^7", "@ai-sdk/openai-compatible": "^3", "@ai-sdk/openai": "^4", "zod": "^4"}
+COMPATCANARY = {"compatcanary": "0.2.2"}
 
 READY = "ready.json"
 """In a finished environment: what is installed there, name -> version."""
@@ -89,7 +101,7 @@ def python(name: str, *requirements: str) -> Environment:
 
 
 def node(name: str = "node", packages: Mapping[str, str] = NODE_PACKAGES) -> Environment:
-    """Node and the packages, all of them from npm. Raises EnvironmentUnavailable."""
+    """Node and the packages, all of npm. Raises EnvironmentUnavailable."""
     runtime = _node_package()
     wanted = {runtime: NODE, **packages}
 
@@ -210,7 +222,13 @@ def _persons_own() -> dict[str, str]:
 
 
 def main() -> None:
-    for made in (python(*OPENAI_2), python(*OPENAI_3), node()):
+    every = (OPENAI_2, OPENAI_3, *FRAMEWORKS.values(), SCHEMATHESIS, LLM_COMPLY)
+    for made in (
+        *(python(*wanted) for wanted in every),
+        node(),
+        node("node-ai", AI_PACKAGES),
+        node("node-compatcanary", COMPATCANARY),
+    ):
         print(made.folder.name, *(f"{name} {version}" for name, version in made.versions.items()))
 
 
