@@ -223,11 +223,11 @@ class Ways:
         try:
             count = len(self.up.received)
             if pauses is not None:
-                head = request.index(b"\r\n\r\n") + 4
-                for part in (request[:head], request[head : head + 9]):
+                start = request.index(b"\r\n\r\n") + 4
+                for part in (request[:start], request[start : start + 9]):
                     writer.write(part)
                     await asyncio.sleep(pauses)
-                request = request[head + 9 :]
+                request = request[start + 9 :]
             writer.write(request)
             if leaves:
                 assert await until(lambda: len(self.up.received) > count)
