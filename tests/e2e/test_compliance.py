@@ -29,7 +29,8 @@ def _example(schema: dict[str, Any]) -> Any:
         return schema["enum"][0]
     match schema.get("type"):
         case "object":
-            return {name: _example(inner) for name, inner in schema.get("properties", {}).items()}
+            properties: dict[str, dict[str, Any]] = schema.get("properties", {})
+            return {name: _example(inner) for name, inner in properties.items()}
         case "array":
             return [_example(schema.get("items", {}))]
         case "integer" | "number":
@@ -42,12 +43,13 @@ def _example(schema: dict[str, Any]) -> Any:
 
 def _obedient(body: dict[str, Any]) -> dict[str, Any] | str:
     """A model that calls the tool that it is given, and answers in the shape that it is asked for."""
-    wanted = body.get("response_format") or {}
+    wanted: dict[str, Any] = body.get("response_format") or {}
     if wanted.get("type") == "json_schema":
         return json.dumps(_example(wanted["json_schema"]["schema"]))
     if wanted.get("type") == "json_object":
         return "{}"
-    tools = [tool["function"] for tool in body.get("tools") or []]
+    offered: list[dict[str, Any]] = body.get("tools") or []
+    tools: list[dict[str, Any]] = [tool["function"] for tool in offered]
     if tools and body.get("tool_choice") != "none" and not any(m["role"] == "tool" for m in body["messages"]):
         function = {"name": tools[0]["name"], "arguments": json.dumps(_example(tools[0].get("parameters") or {}))}
         return {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
