@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -22,6 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # database of examples is left in the folder.
 settings.register_profile("asmodel", deadline=None, database=None, print_blob=True)
 settings.load_profile("asmodel")
+
+# What a shell starts in the background is deaf to Ctrl-C, and so is all that it starts; some tests send just that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ---- the network ----
 
