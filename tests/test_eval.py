@@ -279,6 +279,19 @@ def test_answers_that_are_not_even_of_the_kind_asked_for_are_wrong_and_told(eval
     assert ["default", "1", "0.0", "0.0 to 79.3", "0"] in [re.split(r"\s{2,}", line) for line in printed.splitlines()]
 
 
+def test_it_is_told_how_far_one_answer_to_all_would_come(evaluate: Eval, folder: Path) -> None:
+    asked = [{"question": f"Is {n} more than 5?", "answer": n > 5} for n in range(14)]
+    (folder / "yes.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (folder / "programs" / "nay.py").write_text(
+        "from asmodel import Run, program\n\n\n@program('nay')\nasync def nay(run: Run) -> str:\n    return 'no'\n"
+    )
+    printed = re.sub(r"\s+", " ", evaluate("nay", "yes.jsonl", "--score", "yes-no").stdout)
+    assert "note: yes-no: right are 8 yes, 6 no; always to answer yes is right in 57.1 %" in printed
+    assert "note: nay: right in 0 of 8 yes, 6 of 6 no" in printed
+    few = re.sub(r"\s+", " ", evaluate("nay", "yes.jsonl", "--score", "yes-no", "--limit", "8").stdout)
+    assert "always to answer" not in few
+
+
 # ---- what is asked ----
 
 

@@ -15,6 +15,11 @@ NONE = "—"
 SHOWN = 5
 """Different errors that are shown."""
 
+ANSWERS = 5
+"""Where so many different answers are right at the most, it is told how far one of them alone would come."""
+ASKED = 5
+"""Questions of each, on average, from which on that is told."""
+
 
 def lines(report: Report, width: int = 80) -> Iterator[str]:
     """The report, line by line; scorers share a table as long as it is no wider than `width`."""
@@ -158,6 +163,8 @@ def p_value(p: float | None) -> str:
 
 def remarks(report: Report) -> Iterator[str]:
     """What to know before one believes a comparison."""
+    for scorer in report.scorers:
+        yield from _always_the_same(report, scorer)
     systems: dict[str, list[str]] = {}
     for c in report.comparisons:
         if c.remark:
@@ -165,6 +172,42 @@ def remarks(report: Report) -> Iterator[str]:
     for remark, which in systems.items():
         where = "" if len(which) == len(report.comparisons) else f"{words.clean(', '.join(dict.fromkeys(which)))}: "
         yield f"note: {where}{remark}"
+
+
+def _always_the_same(report: Report, scorer: str) -> Iterator[str]:
+    """Where there are few right answers: how often one of them is right, and each system on the questions of each."""
+    if report.systems[0].scores[scorer].kind != "proportion":
+        return
+    right = {id(asked): _short(asked.references.get(scorer)) for asked in report.examples}
+    counts = Counter(right.values()).most_common()
+    if (
+        not 2 <= len(counts) <= ANSWERS
+        or len(right) < ASKED * len(counts)
+        or any(answer is None for answer, _ in counts)
+    ):
+        return
+    most, often = counts[0]
+    of_each = ", ".join(f"{count} {words.clean(answer or '')}" for answer, count in counts)
+    yield (
+        f"note: {words.clean(scorer)}: right are {of_each}; always to answer {words.clean(most or '')} is right in "
+        f"{100 * often / len(right):.1f} %"
+    )
+    for system in report.systems:
+        hits = Counter(
+            right[id(asked)]
+            for asked in report.examples
+            for answered in asked.answers
+            if answered.system == system.name and answered.scores.get(scorer) == 1.0
+        )
+        told = ", ".join(f"{hits[answer]} of {count} {words.clean(answer or '')}" for answer, count in counts)
+        yield f"note: {words.clean(system.name)}: right in {told}"
+
+
+def _short(reference: object) -> str | None:
+    """An answer that may be one of few, as it is told; None where it is none."""
+    if isinstance(reference, bool):
+        return "yes" if reference else "no"
+    return reference.strip().lower() if isinstance(reference, str) and 0 < len(reference.strip()) <= 20 else None
 
 
 def notes(report: Report) -> Iterator[str]:
