@@ -223,6 +223,12 @@ USER = {"role": "user", "content": "hello"}
         ({"input": [USER, {"type": "function_call_output", "call_id": "c"}]}, "input.1.output"),
         ({"input": [USER, {"type": "web_search_call", "id": "ws_1"}]}, "input.1.type"),
         ({"input": [USER, {"type": "custom_tool_call"}]}, "input.1.type"),
+        ({"input": [{"type": {}}]}, "input.0.type"),
+        ({"input": [{"type": ["message"], "role": "user", "content": "x"}]}, "input.0.type"),
+        ({"input": [{"role": "user", "content": [{"type": {}, "text": "x"}]}]}, "input.0.content.0.type"),
+        ({"tools": [{"type": {}}]}, "tools.0.type"),
+        ({"tool_choice": {"type": []}}, "tool_choice"),
+        ({"text": {"format": {"type": {}}}}, "text.format"),
         ({"input": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]}, "input.0.content.0.type"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input.0.content.0.text"),
         (

@@ -585,10 +585,11 @@ def test_the_items_of_an_input_are_listed_with_those_before_it_newest_first(clie
     assert len({item.id for item in items}) == 6
     one: Any = client.responses.input_items.list(second.id, limit=1, order="asc")
     assert (one.data[0].content[0].text, one.has_more) == ("one", True)
-    for query in ("limit=0", "limit=101", "limit=x", "order=up", "after=msg_0"):
+    for query in ("limit=0", "limit=101", "limit=x", "limit=1&limit=2", "order=up", "after=msg_0"):
         answer = server.ask("GET", f"/v1/responses/{second.id}/input_items?{query}")
         assert (answer.status, answer.error["param"]) == (400, query.partition("=")[0])
-    assert server.ask("GET", f"/v1/responses/{second.id}?stream=true").error["param"] == "stream"
+    for query in ("stream=true", "stream=null", "stream=false&stream=true"):
+        assert server.ask("GET", f"/v1/responses/{second.id}?{query}").error["param"] == "stream"
 
 
 def test_an_item_that_is_kept_can_be_sent_by_its_id_alone(client: OpenAI, script: Script) -> None:

@@ -217,12 +217,16 @@ _ITEM_TYPES = frozenset(("message", "function_call", "function_call_output", "re
 def _item_kind(value: object) -> str:
     if not isinstance(value, dict):
         kind = getattr(value, "type", None)
-        return kind if kind in _ITEM_TYPES else "item_reference" if kind is None else "other"
+        return _tag(kind) if kind is not None else "item_reference"
     item = cast("Json", value)
     kind = item.get("type")
     if kind is None:
         return "message" if "role" in item or "id" not in item else "item_reference"
-    return kind if kind in _ITEM_TYPES else "other"
+    return _tag(kind)
+
+
+def _tag(kind: object) -> str:
+    return kind if isinstance(kind, str) and kind in _ITEM_TYPES else "other"
 
 
 Item: TypeAlias = Annotated[

@@ -313,8 +313,11 @@ class KeptResponses:
                 raise missing
             own: list[Json] = orjson.loads(chain[-1].body)["input"]
             return page([*conversation(chain[:-1]), *own], asked)
-        if asked.get("stream", ["false"])[-1].lower() == "true":
+        streamed = _one(asked, "stream", "false").lower()
+        if streamed == "true":
             raise Unsupported("`stream`: what is kept is whole; leave it out", param="stream")
+        if streamed != "false":
+            raise InvalidRequest("`stream` should be true or false", param="stream", code="invalid_value")
         kept = await self._store.get(scope, id)
         if kept is None:
             raise missing
@@ -322,13 +325,18 @@ class KeptResponses:
         return response
 
 
+def _one(asked: Mapping[str, list[str]], name: str, otherwise: str) -> str:
+    """A parameter of the query. Raises InvalidRequest where it is there several times."""
+    given = asked.get(name, [otherwise])
+    if len(given) != 1:
+        raise InvalidRequest(f"`{name}` should be there once, not {len(given)} times", param=name, code="invalid_value")
+    return given[0]
+
+
 def page(items: Sequence[Json], asked: Mapping[str, list[str]]) -> Json:
     """A page of a list, newest first unless `order` is asc. Raises InvalidRequest."""
-
-    def one(name: str, otherwise: str) -> str:
-        return asked.get(name, [otherwise])[-1]
-
-    order, limit, after = one("order", "desc"), one("limit", str(LISTED)), one("after", "")
+    order, limit = _one(asked, "order", "desc"), _one(asked, "limit", str(LISTED))
+    after = _one(asked, "after", "")
     if order not in ("asc", "desc"):
         raise InvalidRequest("`order` should be asc or desc", param="order", code="invalid_value")
     if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or not 1 <= int(limit) <= MOST_LISTED:
