@@ -274,7 +274,7 @@ def _line(line: RequestLine) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def served(folder: Path, **upstream: Any) -> AsyncGenerator[Ways]:
+async def served(folder: Path, *, key: str | None = None, **upstream: Any) -> AsyncGenerator[Ways]:
     up = Bytes()
     listening = await up.start()
     about = {"base_url": up.base_url, "model": "theirs", "retries": 1, **upstream}
@@ -283,6 +283,7 @@ async def served(folder: Path, **upstream: Any) -> AsyncGenerator[Ways]:
             "upstreams": {"default": about},
             "cache": {"kind": "memory"},
             "traces": {"local": False},
+            "keys": {} if key is None else {"ann": key},
         }
     )
     parts = build(settings)
@@ -299,7 +300,7 @@ async def served(folder: Path, **upstream: Any) -> AsyncGenerator[Ways]:
     ways = Ways(app, parts.metrics, up, server.servers[0].sockets[0].getsockname()[1])
     # What the upstream speaks is found out, once, on the long way.
     up.script = [whole("hello")]
-    await ways.ask(request(ASKED), short=False)
+    await ways.ask(request(ASKED) if key is None else request(ASKED, authorization=f"Bearer {key}"), short=False)
     try:
         yield ways
     finally:
@@ -489,6 +490,18 @@ async def ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 async def test_of_every_kind_of_request_the_two_ways_show_the_same(ways: Ways) -> None:
     await of_each(ways, REQUESTS)
+
+
+async def test_whose_request_it_is_is_told_alike(tmp_path: Path) -> None:
+    key = "k" * 32
+    async with served(tmp_path, key=key) as ways:
+        long, short = await both(ways, request(ASKED, authorization=f"Bearer {key}"), [whole("hello")])
+        same(long, short)
+        assert short.spans[-1][3][tracing.REQUEST_SCOPE] == "ann"
+        assert short.lines[0]["caller"] == "ann"
+        ways.up.script = [whole("hello")]
+        refused = await ways.ask(request(ASKED, authorization="Bearer no"), short=True)
+        assert (refused.status, ways.taken) == (401, 1)
 
 
 @pytest.mark.parametrize("body", [ASKED, STREAMED], ids=["whole", "stream"])
