@@ -33,6 +33,10 @@ log = logging.getLogger("asmodel")
 
 RUNS = 50
 """How many runs are listed."""
+SOON = 1.0
+"""Seconds that a run which is not in the file is waited for."""
+LOOK_EVERY = 0.1
+
 WITHOUT_CONTENT = frozenset((*tracing.CONTENT, tracing.REQUEST_STOP))
 """What is not read from the file where content is not captured now, whoever recorded it before."""
 
@@ -163,7 +167,7 @@ class FrontPage:
             elif name == "runs":
                 data = await self._in_turn(self._runs, of)
             elif "id" in given:
-                data = await self._in_turn(self._run, given["id"], of)
+                data = await self._soon(given["id"], of)
             else:
                 raise NoSuchRun(f"there is no {path[:200]}")
             await exchange.send(200, data, {"cache-control": "no-store", **SAFELY})
@@ -177,6 +181,17 @@ class FrontPage:
             return
         await exchange.start(200, {"content-type": file.type, "content-length": str(len(file.data)), **headers})
         await exchange.write(file.data, last=True)
+
+    async def _soon(self, id: str, of: Of) -> bytes:
+        """The run. What has just been answered is in the file a moment later, and its page may be opened before."""
+        patience = time.monotonic() + SOON
+        while True:
+            try:
+                return await self._in_turn(self._run, id, of)
+            except NoSuchRun:
+                if self._traces is None or time.monotonic() > patience:
+                    raise
+            await asyncio.sleep(LOOK_EVERY)
 
     async def _in_turn(self, read: Callable[P, dict[str, Any]], *args: P.args, **kwargs: P.kwargs) -> bytes:
         def written() -> bytes:

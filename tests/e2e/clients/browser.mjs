@@ -20,7 +20,7 @@ const orders = {
     context = await browser.newContext({ locale: "en-GB", reducedMotion: "reduce", ...options });
     page = await context.newPage();
     page.on("console", (message) => {
-      if (["error", "warning"].includes(message.type())) noted.push(`${message.type()}: ${message.text()}`);
+      if (["error", "warning"].includes(message.type())) noted.push(`${message.type()}: ${message.text()} ${message.location().url}`);
     });
     page.on("pageerror", (error) => noted.push(`exception: ${error.message}`));
     page.on("dialog", (dialog) => { noted.push(`dialog: ${dialog.message()}`); dialog.dismiss(); });
