@@ -24,6 +24,9 @@ class Reasoner:
         self.upstream = FunctionUpstream(self.answer, name="up")
 
     def answer(self, call: Call) -> Any:
+        if isinstance(call, Score) and call.context.endswith("\nAnswer:"):
+            assert call.context == f"Wolves breathe.\nQuestion: {QUESTION}\nAnswer:"
+            return {" yes": (-1.0, 1), " no": (-3.0, 2)}[call.continuation]
         if isinstance(call, Score):
             assert call.context.startswith(f"Question: {QUESTION}\n")
             known = ["\nWolves are animals.", "\nAll animals breathe."]
@@ -56,6 +59,13 @@ async def test_the_likeliest_facts_are_selected_and_one_thing_is_concluded_from_
     (asked,) = model.chats("unknown")
     assert asked.startswith(f"Wolves breathe.\n\nQuestion: {QUESTION}")
     assert "animals" not in asked, "the answer is read from what was concluded"
+
+
+async def test_a_yes_or_a_no_is_the_likelier_of_the_two_after_what_was_concluded() -> None:
+    assert (await Reasoner(["Wolves breathe."]).run(answers="yes-no")).text == "Yes"
+    unsettled = Reasoner(["Wolves breathe.", "Wolves breathe."], settles="nothing")
+    assert (await unsettled.run(answers="yes-no")).text == "Yes"
+    assert not unsettled.chats("likeliest"), "it is read by likelihood, and not asked for"
 
 
 async def test_each_further_fact_is_selected_given_those_before_it() -> None:

@@ -6,6 +6,7 @@ is selected by its likelihood, so none can be made up; a conclusion is drawn wit
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
@@ -16,6 +17,9 @@ class Params(BaseModel):
     facts: list[str] = Field(default=[], description="The facts, one a text; or send documents with the conversation.")
     select: int = Field(default=2, ge=1, le=8, description="Facts from which one conclusion is drawn.")
     steps: int = Field(default=4, ge=1, le=32, description="Conclusions that are drawn at most.")
+    answers: Literal["open", "yes-no"] = Field(
+        default="open", description="open: in a few words. yes-no: the likelier of the two after the conclusions."
+    )
 
 
 @score(model="scorer")
@@ -38,6 +42,16 @@ def answer_or_unknown(question: str, conclusions: Sequence[str]) -> str:
 def answer_anyhow(question: str, conclusions: Sequence[str]) -> str:
     told = "\n".join(conclusions)
     return f"{told}\n\nQuestion: {question}\nGive the likeliest answer in a few words."
+
+
+@score(model="scorer")
+def answer_given(question: str, conclusions: Sequence[str], answer: str) -> tuple[str, str]:
+    return "\n".join([*conclusions, f"Question: {question}", "Answer:"]), f" {answer}"
+
+
+async def yes_or_no(run: Run[Params], conclusions: Sequence[str]) -> str:
+    yes, no = await gather(run(answer_given, run.question, conclusions, answer) for answer in ("yes", "no"))
+    return "Yes" if yes.mean > no.mean else "No"
 
 
 async def selection(run: Run[Params], facts: Sequence[str]) -> list[int]:
@@ -74,7 +88,9 @@ async def selection_inference(run: Run[Params]) -> Answer:
             answer = (await run(answer_or_unknown, run.question, conclusions)).strip()
         if answer and "unknown" not in answer.lower():
             break
-    if not answer or "unknown" in answer.lower():
+    if run.params.answers == "yes-no":
+        answer = await yes_or_no(run, conclusions or facts)
+    elif not answer or "unknown" in answer.lower():
         answer = (await run(answer_anyhow, run.question, conclusions or facts)).strip()
     run.note(inferences=len(conclusions))
     cited = [Citation(id=given[place].id or given[place].title, text=given[place].text) for place in used]
