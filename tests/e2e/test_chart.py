@@ -189,6 +189,14 @@ def test_settings_become_toml_with_their_types() -> None:
     assert isinstance(made["models"]["careful"]["params"]["samples"], int)
 
 
+def test_responses_are_kept_by_one_pod_alone_and_not_where_there_are_several() -> None:
+    several: dict[str, Any] = {"replicas": 2, "cache": {"kind": "disk", "perReplica": True}}
+    assert "store" not in settings(with_values())
+    assert settings(with_values(**several))["store"] == {"kind": "off"}
+    kept = {**MINIMAL["settings"], "store": {"kind": "disk", "days": 1}}
+    assert settings(with_values(**several, settings=kept))["store"] == {"kind": "disk", "days": 1}
+
+
 def test_a_change_of_settings_or_programs_makes_new_pods() -> None:
     def sums(**values: Any) -> Mapping[str, str]:
         made: dict[str, str] = of(with_values(**values), "Deployment")["spec"]["template"]["metadata"]["annotations"]

@@ -26,6 +26,11 @@
 {{- end -}}
 {{- $_ := set $all "cache" $cache -}}
 
+{{- /* A response that one pod keeps is none of another's: a client that goes on from it would be told so at random. */ -}}
+{{- if and (gt (include "asmodel.most" . | int) 1) (not (dig "store" "kind" "" $all)) -}}
+{{- $_ := set $all "store" (merge (dict "kind" "off") (dig "store" dict $all)) -}}
+{{- end -}}
+
 {{- $metrics := dict "open" $v.metrics.open -}}
 {{- if not $v.metrics.open -}}{{- $_ := set $metrics "key" "env:METRICS_KEY" -}}{{- end -}}
 {{- $_ := set $all "metrics" $metrics -}}
