@@ -225,21 +225,8 @@ class TextChunks(wire.Chunks):
         super().__init__(id, created, model, include_usage=job.asked.usage_asked)
         self._job = job
 
-    def delta(
-        self,
-        index: int,
-        delta: Json,
-        finish: str | None = None,
-        *,
-        logprobs: Json | None = None,
-        receipt: Json | None = None,
-    ) -> bytes:
-        text = delta.get("content") or ""
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        body: Json = {**self._head, "choices": [choice]}
-        if self._include_usage:
-            body["usage"] = None
-        return wire.event(body)
+    def _choice(self, index: int, delta: Json, finish: str | None, logprobs: Json | None) -> Json:
+        return {"index": index, "text": delta.get("content") or "", "logprobs": logprobs, "finish_reason": finish}
 
     def logprobs(self, index: int, reply: Reply | None) -> Json | None:
         return logprobs(reply, _starts(self._job, index))

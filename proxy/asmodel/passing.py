@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -130,7 +131,7 @@ class Way:
         self.beginnings: Timeouts[Request] = Timeouts(layers.timed.beginning.seconds, Request.never_begun)
 
 
-class Speaking:
+class Speaking(ABC):
     """A stream that is passed on as it comes; while nothing does, its client is told to go on waiting."""
 
     __slots__ = ("_saying", "_spoke", "opened", "written")
@@ -142,12 +143,13 @@ class Speaking:
         self._spoke = 0.0
         self._saying: asyncio.Task[None] | None = None
 
+    @abstractmethod
     async def open(self) -> None:
         """Write the start of the response."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def write(self, data: bytes) -> None:
-        raise NotImplementedError
+        """Write more of it."""
 
     def begin(self) -> None:
         _SPEAKING.begin(self)

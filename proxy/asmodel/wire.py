@@ -677,15 +677,15 @@ class Chunks:
         logprobs: Json | None = None,
         receipt: Json | None = None,
     ) -> bytes:
-        body: Json = {
-            **self._head,
-            "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}],
-        }
+        body: Json = {**self._head, "choices": [self._choice(index, delta, finish, logprobs)]}
         if self._include_usage:
             body["usage"] = None
         if receipt is not None:
             body["asmodel"] = receipt
         return event(body)
+
+    def _choice(self, index: int, delta: Json, finish: str | None, logprobs: Json | None) -> Json:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def logprobs(self, index: int, reply: Reply | None) -> Json | None:
         """Of a whole choice."""
