@@ -9,20 +9,20 @@ What was written survives the process (WAL, a commit each); a power cut may take
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import sqlite3
 import stat
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from asmodel.errors import AsmodelError, PayloadTooLarge
+from asmodel.sqlite_file import SQLiteFile
 
 FILE = "responses.sqlite"
 SCHEMA = 1
@@ -98,6 +98,14 @@ class ResponseStore:
         self._thread: ThreadPoolExecutor | None = None
         # Of the thread alone:
         self._connection: sqlite3.Connection | None = None
+        self._file = SQLiteFile(
+            path=self._path,
+            version=SCHEMA,
+            tables=TABLES,
+            # What is deleted is overwritten, and its room given back to the disk.
+            pragmas=("trusted_schema = OFF", "secure_delete = ON", "auto_vacuum = FULL"),
+            lock="lock",
+        )
         self._inode = 0
         self._damaged = 0
         self._retry_at = 0.0
@@ -229,15 +237,16 @@ class ResponseStore:
             raise StoreUnavailable("the store of responses cannot be used just now") from error
 
     def _connected(self) -> sqlite3.Connection:
-        if self._connection is not None and _inode(self._path) != self._inode:
+        if self._connection is not None and self._file.inode() != self._inode:
             # Deleted, or set aside by another process: what is written to it now would be seen by nobody.
             self._disconnect()
             self._retry_at = 0.0
         if self._connection is None and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + REOPEN_EVERY
             try:
-                self._connection = self._opened()
-                self._inode = _inode(self._path)
+                _private(self._folder)
+                self._connection = self._file.opened(self._damaged)
+                self._inode = self._file.inode()
                 self._damaged = 0
             except (OSError, sqlite3.Error) as error:
                 log.warning("%s cannot be opened (%s): responses are not kept", self._path, error)
@@ -251,29 +260,6 @@ class ResponseStore:
                 self._connection.close()
             self._connection = None
 
-    def _opened(self) -> sqlite3.Connection:
-        """The file, ready to be used. One that cannot be read is set aside, and another begun."""
-        _private(self._folder)
-        # One process at a time: two that set the same file aside would set aside the good one that the first has begun.
-        with _locked(self._folder / "lock"):
-            if self._damaged and _inode(self._path) == self._damaged:
-                self._set_aside("it is damaged")
-            try:
-                return _open(self._path)
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError as error:
-                self._set_aside(str(error))
-                return _open(self._path)
-
-    def _set_aside(self, why: str) -> None:
-        aside = self._path.with_name(f"{FILE}.broken-{time.strftime('%Y%m%dT%H%M%S')}")
-        os.replace(self._path, aside)
-        for ending in ("-wal", "-shm"):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{self._path}{ending}")
-        log.warning("%s cannot be used (%s); it is now %s, and a new one is begun", self._path, why, aside.name)
-
 
 def _private(folder: Path) -> None:
     """Make the folder, or see that it is ours alone. Raises OSError."""
@@ -285,47 +271,3 @@ def _private(folder: Path) -> None:
     if stat.S_IMODE(info.st_mode) & 0o077:
         folder.chmod(0o700)
         log.warning("%s was open to others (%o); it is 0700 now", folder, stat.S_IMODE(info.st_mode))
-
-
-@contextmanager
-def _locked(path: Path) -> Generator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    # SQLite makes its -wal and -shm with the rights of the file, so the file must be there, and private, first.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        if os.fstat(descriptor).st_mode & 0o077:
-            os.fchmod(descriptor, 0o600)
-    finally:
-        os.close(descriptor)
-    connection = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
-    try:
-        (found,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if found != SCHEMA and (found or tables):
-            raise sqlite3.DatabaseError(f"its version is {found}, not {SCHEMA}")
-        connection.execute("PRAGMA trusted_schema = OFF")
-        # What is deleted is overwritten, and its room given back to the disk.
-        connection.execute("PRAGMA secure_delete = ON")
-        connection.execute("PRAGMA auto_vacuum = FULL")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _inode(path: Path) -> int:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return 0

@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +35,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from asmodel import trace_schema
 from asmodel import tracing as names
+from asmodel.sqlite_file import SQLiteFile
 from asmodel.trace_reader import NoSuchTrace as NoSuchTrace
 from asmodel.trace_reader import TraceFileUnreadable as TraceFileUnreadable
 from asmodel.trace_reader import runs as runs
@@ -277,6 +278,7 @@ class _Writer:
         self._max_bytes = max_bytes
         self._process = process()
         self._connection: sqlite3.Connection | None = None
+        self._file = _file(path)
         self._inode = 0
         self._damaged = 0
         self._retry_at = 0.0
@@ -517,15 +519,17 @@ class _Writer:
     # -- the file ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> sqlite3.Connection | None:
-        if self._connection is not None and _inode(self._path) != self._inode:
+        if self._connection is not None and self._file.inode() != self._inode:
             # Deleted, or set aside by another process: what is written to it now would be seen by nobody.
             self.close()
             self._retry_at = 0.0
         if self._connection is None and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + REOPEN_EVERY
             try:
-                self._connection = _opened(self._path, self._damaged)
-                self._inode = _inode(self._path)
+                self._path.parent.parent.mkdir(parents=True, exist_ok=True)
+                self._path.parent.mkdir(mode=0o700, exist_ok=True)
+                self._connection = self._file.opened(self._damaged)
+                self._inode = self._file.inode()
                 self._damaged = 0
             except (OSError, sqlite3.Error) as error:
                 self._warn(f"cannot be opened ({error})")
@@ -537,87 +541,23 @@ class _Writer:
             log.warning("%s %s: recent runs are not kept for `asmodel trace`", self._path, what)
 
 
-def _inode(path: Path) -> int:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return 0
-
-
-def _opened(path: Path, damaged: int) -> sqlite3.Connection:
-    """The file, ready to be written. One that cannot be read is set aside and begun anew.
-
-    `damaged` is the inode of a file that could be opened and then not be written.
-    """
-    path.parent.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    # One process at a time: two that set the same file aside would set aside the good one that the first has begun.
-    with _locked(path.with_name(path.name + ".lock")):
-        if damaged and _inode(path) == damaged:
-            _set_aside(path, "it is damaged")
-        try:
-            return _connected(path)
-        except sqlite3.OperationalError:
-            raise  # locked, or no room: nothing is wrong with the file
-        except sqlite3.DatabaseError as error:
-            _set_aside(path, str(error))
-            return _connected(path)
-
-
-def _set_aside(path: Path, why: str) -> None:
-    aside = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%dT%H%M%S')}")
-    os.replace(path, aside)
-    for ending in ("-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{path}{ending}")
-    log.warning("%s cannot be used (%s); it is now %s, and a new one is begun", path, why, aside.name)
-
-
-def _connected(path: Path) -> sqlite3.Connection:
-    # SQLite makes its -wal and -shm with the rights of the file, so the file must be there, and private, first.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        if os.fstat(descriptor).st_mode & 0o077:
-            path.chmod(0o600)
-    finally:
-        os.close(descriptor)
-    connection = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
-    try:
-        (found,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if found != SCHEMA and (found or tables):
-            raise sqlite3.DatabaseError(f"its version is {found}, not {SCHEMA}")
-        # A chunk fits on a page, and several do: fewer of them to be written. Of a new file; the cache holds what a few
-        # turns have written, and so what is forgotten for it need not be read again.
-        connection.execute("PRAGMA page_size = 16384")
-        connection.execute("PRAGMA cache_size = -8000")
-        connection.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode this loses nothing when the process dies; a power cut may take the last moments.
-        connection.execute("PRAGMA synchronous = NORMAL")
-        # 8 MB, until which what is written is not yet in the file itself.
-        connection.execute("PRAGMA wal_autocheckpoint = 500")
-        connection.execute(f"PRAGMA journal_size_limit = {4 * 2**20}")
-        # In one transaction: a reader finds all of it or an empty file.
-        connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Generator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: processes that begin at the same moment there are left to chance
-        yield
-        return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _file(path: Path) -> SQLiteFile:
+    return SQLiteFile(
+        path=path,
+        version=SCHEMA,
+        tables=TABLES,
+        pragmas=(
+            # A chunk fits on a page, and several do: fewer of them to be written. Of a new file; the cache holds what a
+            # few turns have written, and so what is forgotten for it need not be read again.
+            "page_size = 16384",
+            "cache_size = -8000",
+            # 8 MB, until which what is written is not yet in the file itself.
+            "wal_autocheckpoint = 500",
+            f"journal_size_limit = {4 * 2**20}",
+        ),
+        lock=f"{path.name}.lock",
+        links=True,
+    )
 
 
 def _used(connection: sqlite3.Connection) -> int:
