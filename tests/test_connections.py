@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from tests.serving import PATIENCE, Server, eventually, serving, upstream
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -99,6 +101,20 @@ def test_a_body_that_comes_byte_by_byte_is_the_same_request(server: Server) -> N
         [(status, body)] = responses(connection, 1)
     assert status == 200
     assert json.loads(body)["asmodel"]["program"] == "once"
+
+
+def test_the_rest_of_a_body_is_waited_for_a_moment_only_though_timers_come_early() -> None:
+    async def waiting(wait: float) -> None:
+        await asyncio.sleep(wait)
+        cycle = Cycle.__new__(Cycle)
+        cycle.more_body, cycle.disconnected, cycle.message_event = True, False, asyncio.Event()
+        await cycle.arrival()
+
+    async def main() -> None:
+        # uvloop's clock counts milliseconds, and which of them a timer falls into is chance.
+        await asyncio.wait_for(asyncio.gather(*(waiting(n / 1e4) for n in range(3_000))), timeout=PATIENCE)
+
+    uvloop.run(main())
 
 
 def test_a_client_that_waits_to_be_told_to_go_on_is_told(server: Server) -> None:

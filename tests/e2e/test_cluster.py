@@ -72,7 +72,9 @@ def test_an_example_is_installed_upgraded_and_rolled_back(
     eventually("the pods are made", lambda: len(cluster.names(namespace)) == wanted)
     # They are made by controllers, which would only report what the server refuses them.
     events = cluster.get(f"/api/v1/namespaces/{namespace}/events")["items"]
-    assert not [event["message"] for event in events if event["type"] == "Warning"]
+    warnings = [event for event in events if event["type"] == "Warning"]
+    # The server's own look over addresses may come upon a service between its making and the note of its address.
+    assert not [event["message"] for event in warnings if event["reason"] != "ClusterIPNotAllocated"]
 
     def pod() -> dict[str, Any]:
         (found,) = [each for each in cluster.names(namespace, "deployments", "apis/apps/v1") if each == "asmodel"]
