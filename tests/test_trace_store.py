@@ -25,6 +25,7 @@ from asmodel.errors import UpstreamRateLimited, UpstreamTimeout
 from asmodel.trace_export import Tracing
 from asmodel.trace_reader import NoSuchTrace, TraceFileUnreadable, runs, spans
 from asmodel.trace_sdk import LocalFeed
+from asmodel.trace_spans import Unit
 
 CALL = Chat(identity="m", messages=(Message("user", "hi"),))
 REPLY = Reply(usage=Usage(prompt_tokens=10, completion_tokens=5), model="gpt-x", cost=0.25)
@@ -349,6 +350,38 @@ def test_what_finds_the_queue_full_is_dropped_and_counted(path: Path, caplog: py
     traces.shutdown()
     assert local.dropped > 0
     assert "spans come faster than" in caplog.text
+
+
+def test_runs_that_end_while_others_are_written_take_the_place_of_those_that_would_be_forgotten(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_store, "TOGETHER", 50)
+    local = trace_store.LocalTraces(path, max_runs=200)
+    inside = vars(local)
+    write: Callable[..., None] = inside["_writer"].write
+    ended, waiting = iter(range(3_000)), 0
+
+    def write_while_more_end(units: list[Unit], *, hurried: bool = False) -> None:
+        nonlocal waiting
+        write(units, hurried=hurried)
+        for _, number in zip(range(100), ended, strict=False):
+            run(f"r{number}", step)
+        waiting = max(waiting, len(inside["_queue"]) + len(inside["_held"]))
+
+    monkeypatch.setattr(inside["_writer"], "write", write_while_more_end)
+    traces = Tracing(processors=[LocalFeed(local)])
+    for number in range(2_000, 2_500):
+        run(f"earlier-{number}", step)
+    for _ in range(30):
+        assert local.flush()
+    assert next(ended, None) is None, "all have ended"
+    run("last", step)
+    traces.shutdown()
+    assert local.dropped == 0
+    assert waiting <= 200 + 100 + trace_store.TOGETHER
+    kept = [row.run_id for row in runs(path, limit=1_000)]
+    assert len(kept) == 200
+    assert kept[0] == "last"
 
 
 @contextmanager

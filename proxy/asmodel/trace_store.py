@@ -152,6 +152,8 @@ class LocalTraces:
         self._held: deque[Unit] = deque(maxlen=max_runs)
         """Requests that have ended and are to be written, but for those that the file would forget again."""
         self._held_spans = 0
+        self._due = 0
+        """How many of them are to be written in this turn, the oldest first."""
         self._many = max(1, round(max_runs * EVERY / HOLD))
         """So many a turn are many."""
         self._writer = _Writer(path, max_runs=max_runs, max_bytes=max_bytes)
@@ -209,16 +211,24 @@ class LocalTraces:
             asked = self._asked
             # Before the queue is looked at: who finds it False after that wakes us again.
             self._awake = False
-            units = [self._queue.popleft() for _ in range(len(self._queue))]
             now = time.monotonic()
             if not self._held:
                 held_until = now + HOLD
-            units = self._hold(units, all_of_them=hurried or now >= held_until)
+            rest, few = self._take_in()
+            if hurried or few or now >= held_until or self._held_spans > self._most // 2:
+                self._due = len(self._held)
+                held_until = now + HOLD
             try:
-                for at in range(0, len(units) or 1, TOGETHER):
-                    self._writer.write(units[at : at + TOGETHER], hurried=hurried)
+                while True:
+                    self._writer.write(self._batch(rest), hurried=hurried)
+                    if not rest and not self._due:
+                        break
+                    if len(self._queue) > TOGETHER:
+                        # What the file would forget again for these does not wait for its turn beside them.
+                        rest.extend(self._take_in()[0])
             except Exception:  # one odd span must not end the record of all that come after it
                 log.warning("some spans could not be written to %s", self.path, exc_info=True)
+            self._due = 0
             self.room = self._most - self._held_spans
             with self._turn:
                 self._flushed = asked
@@ -230,27 +240,34 @@ class LocalTraces:
                 self._writer.close()
                 return
 
-    def _hold(self, units: list[Unit], *, all_of_them: bool) -> list[Unit]:
-        """Those that are to be written now."""
-        whole = [unit for unit in units if unit.state is None and _is_whole(unit.fresh)]
-        if len(whole) <= self._many and not self._held:
-            return units
-        held = self._held
-        for unit in whole:
-            if len(held) == held.maxlen:
+    def _take_in(self) -> tuple[deque[Unit], bool]:
+        """Hold the requests of the queue that have ended. Those of the rest, and whether these were few for a turn."""
+        rest: deque[Unit] = deque()
+        whole = 0
+        for _ in range(len(self._queue)):
+            unit = self._queue.popleft()
+            if unit.state is not None or not _is_whole(unit.fresh):
+                rest.append(unit)
+                continue
+            whole += 1
+            if len(self._held) == self._held.maxlen:
                 # Emptied, since spans and their unit know each other, and would wait for the garbage collector.
-                forgotten = held.popleft()
-                self._held_spans -= len(forgotten.fresh)
-                forgotten.fresh.clear()
-            held.append(unit)
+                self._let_go().fresh.clear()
+            self._held.append(unit)
             self._held_spans += len(unit.fresh)
-        ended = set(map(id, whole))
-        now = [unit for unit in units if id(unit) not in ended]
-        if all_of_them or len(whole) <= self._many or self._held_spans > self._most // 2:
-            now = [*held, *now]
-            held.clear()
-            self._held_spans = 0
-        return now
+        return rest, whole <= self._many
+
+    def _let_go(self) -> Unit:
+        """The one that has been held for longest."""
+        unit = self._held.popleft()
+        self._held_spans -= len(unit.fresh)
+        self._due = max(0, self._due - 1)
+        return unit
+
+    def _batch(self, rest: deque[Unit]) -> list[Unit]:
+        """What is written next: of those that were held, and then of the rest."""
+        batch = [self._let_go() for _ in range(min(self._due, TOGETHER))]
+        return batch + [rest.popleft() for _ in range(min(len(rest), TOGETHER - len(batch)))]
 
     def forget(self) -> None:
         """For a forked child, which has the queue but not the thread: record nothing."""
