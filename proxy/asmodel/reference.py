@@ -263,7 +263,8 @@ that nobody knows. Upstreams of other kinds are translated, and so is what comes
 the headers alone.
 
 **In a shape** (`response_format`): a program's answer is held until it is whole, held against the schema, and asked
-for once more if it does not fit; an answer that never fits is an error. Refusals, tool calls and answers that were
+for once more if it does not fit (of several that a program chooses among, each as often as any step is); an answer that
+never fits is an error. Refusals, tool calls and answers that were
 cut off (`finish_reason` `length` or `content_filter`) are not held against it. Nothing is fetched for a `$ref`,
 `pattern` is left to the upstream, and a schema that cannot be read, or takes too long, is a 400.
 
