@@ -339,7 +339,7 @@ JSON_OBJECT = {"type": "json_object"}
 
 async def test_samples_that_make_the_same_calls_agree_and_the_first_of_them_is_the_answer() -> None:
     first = (calling("look", '{"at": 1.0, "in": "x"}', "a"), calling("wait", "", "b"))
-    again = (calling("wait", "", "c"), calling("look", '{"in":"x","at":1}', "d"))
+    again = (calling("wait", "{}", "c"), calling("look", '{"in":"x","at":1}', "d"))
     answer = await voted(
         Reply(tool_calls=(calling("look", '{"at": 2}'),), finish="tool_calls"),
         Reply(tool_calls=first, finish="tool_calls", text="Let me see."),
@@ -348,7 +348,7 @@ async def test_samples_that_make_the_same_calls_agree_and_the_first_of_them_is_t
         tools=TOOLS,
     )
     assert (answer.tool_calls, answer.finish, answer.text) == (first, "tool_calls", "Let me see.")
-    assert answer.data == {"tally": {'look({"at":1,"in":"x"}), wait()': 2, 'look({"at":2})': 1, "12": 1}}
+    assert answer.data == {"tally": {'look({"at":1,"in":"x"}), wait({})': 2, 'look({"at":2})': 1, "12": 1}}
 
 
 async def test_an_answer_in_words_may_have_more_votes_than_any_call() -> None:

@@ -47,7 +47,7 @@ def vote(reply: Reply, *, as_json: bool) -> str:
     if reply.refusal is not None:
         return "(refused)"
     if reply.tool_calls:
-        return ", ".join(sorted(f"{call.name}({canonical_json(call.arguments)})" for call in reply.tool_calls))
+        return ", ".join(sorted(f"{c.name}({canonical_json(c.arguments or '{}')})" for c in reply.tool_calls))
     return canonical_json(reply.text) if as_json else normalised(final_answer(reply.text))
 
 
