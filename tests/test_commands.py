@@ -273,7 +273,8 @@ def test_check_shows_who_plays_what(asmodel: Asmodel, folder: Path) -> None:
         settings.write('[roles]\nwriter = "down"\n[programs.plain.roles]\nwriter = "default"\n')
     lines = [line.split() for line in asmodel("check").stdout.splitlines()]
     assert ["plain", "conversation", "writer", "default"] in lines
-    assert ["self-consistency", "thought", "writer", "down"] in lines
+    assert ["self-consistency", "sample", "writer", "down"] in lines
+    assert ["thought", "writer", "down"] in lines
     assert ["question_given", "scorer", "default", "log-likelihood"] in lines
     assert lines[-1] == ["All", "well."]
 

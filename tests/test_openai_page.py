@@ -132,7 +132,7 @@ def test_what_the_page_says_of_a_parameter_of_a_response_is_what_becomes_of_it(
     told = responses_row(name)[2]
     kinds = response_wire.ResponseRequest.model_json_schema()["properties"][name].get("anyOf", [{}])
     value, param = ASKED.get(name) or (FIRST[kinds[0].get("type", "object")], "")
-    asked = {"model": "self-consistency", "input": "x", name: value}
+    asked = {"model": "chain-of-thought", "input": "x", name: value}
     answer = server.ask("POST", "/v1/responses", asked)
     if param:
         assert "refused" in told or "404" in told
@@ -164,7 +164,7 @@ def test_what_the_page_says_of_a_parameter_for_a_program_is_what_becomes_of_it(
         "documents": ["d"],
         "response_format": {"type": "json_object"},
     }.get(name, value)
-    asked = {"model": "self-consistency", "messages": [{"role": "user", "content": "x"}], name: value}
+    asked = {"model": "chain-of-thought", "messages": [{"role": "user", "content": "x"}], name: value}
     answer = server.chat({"stream": False, **asked})
     if told.startswith("refused") and f"`{str(value).lower()}`" not in told:
         assert (answer.status, answer.error["param"]) == (400, name)

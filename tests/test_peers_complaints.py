@@ -136,12 +136,13 @@ CALLS: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize("model", ["planned", "self-consistency"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_tools_go_through_a_procedure_and_their_calls_come_back(
-    client: openai.OpenAI, up: Upstream, stream: bool
+    client: openai.OpenAI, up: Upstream, stream: bool, model: str
 ) -> None:
     up.says = lambda body: {"content": None, "tool_calls": CALLS}
-    asked: dict[str, Any] = dict(model="planned", messages=user(f"look {stream}"), tools=TOOLS, tool_choice="required")
+    asked: dict[str, Any] = dict(model=model, messages=user(f"look {stream}"), tools=TOOLS, tool_choice="required")
     if stream:
         found: dict[int, dict[str, str]] = {}
         for chunk in create(client, **asked, stream=True):
@@ -158,22 +159,45 @@ def test_tools_go_through_a_procedure_and_their_calls_come_back(
     assert (up.replied["tools"], up.replied["tool_choice"]) == (TOOLS, "required")
 
 
-def test_results_of_tools_go_back_to_the_model_as_such(client: openai.OpenAI, up: Upstream) -> None:
+@pytest.mark.parametrize("model", ["plain", "self-consistency"])
+def test_results_of_tools_go_back_to_the_model_as_such(client: openai.OpenAI, up: Upstream, model: str) -> None:
     results = [
         {"role": "tool", "tool_call_id": id, "content": f"a {what}"} for id, what in (("c1", "cat"), ("c2", "dog"))
     ]
     messages = [*user("look"), {"role": "assistant", "content": None, "tool_calls": CALLS}, *results]
-    create(client, model="plain", messages=messages, tools=TOOLS)
-    assert up.replied["messages"] == messages
+    create(client, model=model, messages=messages, tools=TOOLS)
+    question, *rest = up.replied["messages"]
+    assert question["content"].startswith("look")
+    assert rest == messages[1:]
 
 
-def test_images_go_through_a_procedure(client: openai.OpenAI, up: Upstream) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_images_go_through_a_procedure(client: openai.OpenAI, up: Upstream, model: str) -> None:
     parts = [
         {"type": "text", "text": "What is this?"},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}},
     ]
-    create(client, model="planned", messages=[{"role": "user", "content": parts}])
-    assert up.replied["messages"][-1]["content"] == parts
+    create(client, model=model, messages=[{"role": "user", "content": parts}])
+    assert up.replied["messages"][-1]["content"][:2] == parts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_goes_through_a_vote(server: Server, up: Upstream, stream: bool) -> None:
+    refusal = {"content": None, "refusal": "I would rather not."}
+    replies: Iterator[dict[str, Any]] = iter([refusal, {"content": '{"a": 1}'}, refusal])
+    up.says = lambda body: next(replies)
+    asked = {"response_format": {"type": "json_object"}, "asmodel": {"params": {"samples": 3}, "cache": "off"}}
+    answer = server.chat({"model": "self-consistency", "messages": user("refuse"), "stream": stream, **asked})
+    assert answer.status == 200
+    assert b'"refusal":"I would rather not."' in answer.body.replace(b'": "', b'":"')
+
+
+def test_a_vote_has_as_many_choices_as_are_asked_for(client: openai.OpenAI, up: Upstream) -> None:
+    up.says = lambda body: "Answer: one"
+    extra = {"asmodel": {"params": {"samples": 3}}}
+    choices = create(client, model="self-consistency", messages=user("votes"), n=2, extra_body=extra).choices
+    assert [choice.message.content for choice in choices] == ["one", "one"]
+    assert len(up.requests) == 6
 
 
 @pytest.mark.parametrize(
@@ -192,7 +216,7 @@ def test_what_a_procedure_cannot_honour_is_refused_by_name_and_never_dropped(
     client: openai.OpenAI, up: Upstream, asked: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        create(client, **({"model": "self-consistency", "messages": user("x")} | asked))
+        create(client, **({"model": "chain-of-thought", "messages": user("x")} | asked))
     assert caught.value.param == param
     assert up.requests == []
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,8 +18,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import asmodel_programs
-from asmodel import Answer, Citation, Document, InvalidRequest, Message, tracing
-from asmodel.calls import Call, Chat, Delta, Reply, Score
+from asmodel import Answer, Citation, Document, InvalidRequest, Message, ToolCall, canonical_json, tracing
+from asmodel.calls import Call, Chat, Delta, Reply, Score, key
 from asmodel.testing import FunctionUpstream, run_program
 from asmodel_plugins.memory_cache import MemoryCache
 from asmodel_programs.evidence_qa import EvidenceParams, answer_from, evidence_qa, question_given
@@ -292,3 +294,138 @@ async def test_no_answer_has_more_votes_than_the_one_that_is_returned(votes: lis
 
 def test_a_thought_is_the_conversation_with_the_request_at_its_end() -> None:
     assert thought([Message("user", "q")]) == [Message("user", f"q\n\n{ASK}")]
+
+
+PICTURE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+
+
+def test_a_thought_about_a_picture_is_shown_it_and_one_about_parts_of_text_is_shown_text() -> None:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "Where is"}, PICTURE, {"type": "text", "text": "this?"}]
+    assert thought([Message("user", parts)]) == [Message("user", [*parts, {"type": "text", "text": ASK}])]
+    texts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert thought([Message("user", texts)]) == [Message("user", f"one\ntwo\n\n{ASK}")]
+
+
+def test_a_thought_that_follows_results_of_tools_is_asked_for_with_the_question() -> None:
+    since = [Message("assistant", None, tool_calls=(calling("look"),)), Message("tool", "12", tool_call_id="c")]
+    before = [Message("system", "s"), Message("user", "old"), Message("assistant", "a")]
+    shown = thought([*before, Message("user", "q"), *since])
+    assert shown == [*before, Message("user", f"q\n\n{ASK}"), *since]
+
+
+def calling(name: str, arguments: str = "{}", id: str = "c") -> ToolCall:
+    return ToolCall(id=id, name=name, arguments=arguments)
+
+
+def drawing(*replies: Reply) -> FunctionUpstream:
+    """A model whose k-th draw is the k-th reply."""
+
+    def draw(call: Call) -> Reply:
+        assert isinstance(call, Chat)
+        assert call.draw is not None
+        return replies[int(call.draw.rpartition("/")[2])]
+
+    return FunctionUpstream(draw, name="up")
+
+
+async def voted(*replies: Reply, **shape: Any) -> Answer:
+    upstream, params = drawing(*replies), {"samples": len(replies)}
+    return await run_program(self_consistency, "q", upstream=upstream, params=params, shape=shape)
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+JSON_OBJECT = {"type": "json_object"}
+
+
+async def test_samples_that_make_the_same_calls_agree_and_the_first_of_them_is_the_answer() -> None:
+    first = (calling("look", '{"at": 1.0, "in": "x"}', "a"), calling("wait", "", "b"))
+    again = (calling("wait", "{}", "c"), calling("look", '{"in":"x","at":1}', "d"))
+    answer = await voted(
+        Reply(tool_calls=(calling("look", '{"at": 2}'),), finish="tool_calls"),
+        Reply(tool_calls=first, finish="tool_calls", text="Let me see."),
+        Reply(text="Answer: 12"),
+        Reply(tool_calls=again, finish="tool_calls"),
+        tools=TOOLS,
+    )
+    assert (answer.tool_calls, answer.finish, answer.text) == (first, "tool_calls", "Let me see.")
+    assert answer.data == {"tally": {'look({"at":1,"in":"x"}), wait({})': 2, 'look({"at":2})': 1, "12": 1}}
+
+
+async def test_an_answer_in_words_may_have_more_votes_than_any_call() -> None:
+    call = Reply(tool_calls=(calling("look"),), finish="tool_calls")
+    answer = await voted(call, Reply(text="So.\nAnswer: Twelve"), Reply(text="Answer: twelve."), tools=TOOLS)
+    assert answer == Answer(text="Twelve", data={"tally": {"twelve": 2, "look({})": 1}})
+
+
+async def test_samples_of_json_are_drawn_as_the_client_asks_and_equal_values_agree() -> None:
+    upstream = drawing(*(Reply(text=t) for t in ('{"n": 1}', '{"n": 2, "m": [3.0]}', '{"m":[3],"n":2}')))
+    shape: dict[str, Any] = {"response_format": JSON_OBJECT}
+    answer = await run_program(self_consistency, "q", upstream=upstream, params={"samples": 3}, shape=shape)
+    assert answer == Answer(text='{"n": 2, "m": [3.0]}', data={"tally": {'{"m":[3],"n":2}': 2, '{"n":1}': 1}})
+    for call in upstream.calls:
+        assert isinstance(call, Chat)
+        assert call.messages == (Message("user", "q"),)
+        assert call.params == {"temperature": 0.7, **shape}
+
+
+async def test_a_sample_of_json_that_was_cut_off_is_a_vote_for_itself() -> None:
+    cut = Reply(text='{"n": 1', finish="length")
+    assert (await voted(cut, Reply(text="{}"), cut, response_format=JSON_OBJECT)).finish == "length"
+    assert (await voted(cut, Reply(text="{}"), Reply(text="{ }"), response_format=JSON_OBJECT)).text == "{}"
+
+
+async def test_what_asks_for_text_in_other_words_buys_nothing_that_is_known_already() -> None:
+    store, params = MemoryCache(), {"samples": 1}
+    upstream = voter("x")
+    await run_program(self_consistency, "q", upstream=upstream, params=params, cache=store)
+    # As it has been since there is a cache: what is stored must be found again.
+    (call,) = upstream.calls
+    assert key(call) == "9d4349d9aecb79435017ba6798cc4b08c76854aa900132b9c466379a4b524c3f"
+    asks: list[dict[str, Any]] = [
+        {"response_format": {"type": "text"}, "tool_choice": "none"},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+    ]
+    for shape in asks:
+        await run_program(self_consistency, "q", upstream=upstream, params=params, cache=store, shape=shape)
+    assert len(upstream.calls) == 1
+
+
+BALLOTS = {
+    "red": Reply(text="Answer: red"),
+    "blue": Reply(text="Answer: blue"),
+    "look({})": Reply(tool_calls=(calling("look"),), finish="tool_calls"),
+    'look({"at":1})': Reply(tool_calls=(calling("look", '{"at": 1}'),), finish="tool_calls"),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(BALLOTS)), min_size=1, max_size=7), st.randoms(use_true_random=False))
+async def test_in_which_order_votes_are_cast_decides_between_equals_alone(votes: list[str], random: Random) -> None:
+    counts = Counter(votes)
+    first = [name for name, count in counts.items() if count == max(counts.values())]
+    shuffled = random.sample(votes, len(votes))
+    answers = [await voted(*(BALLOTS[vote] for vote in order), tools=TOOLS) for order in (votes, shuffled)]
+    for answer, order in zip(answers, (votes, shuffled), strict=True):
+        winner = min(first, key=order.index)
+        assert (answer.tool_calls, answer.text) == (BALLOTS[winner].tool_calls, "" if "(" in winner else winner)
+        assert answer.data == {"tally": dict(counts)}
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(VALUES, st.booleans())
+def test_json_is_one_however_it_is_written(value: Any, ascii: bool) -> None:
+    written = json.dumps(value, ensure_ascii=ascii, indent=2)
+    backwards = json.loads(written, object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+    one = canonical_json(written)
+    assert canonical_json(json.dumps(backwards)) == one
+    assert canonical_json(json.dumps([value, 0])) != one
+
+
+@pytest.mark.parametrize("text", ["", '{"a": 1', "NaN", "1e999", "[" * 100_000, r'"\ud800"', "no"])
+def test_what_is_no_json_stays_as_it_is(text: str) -> None:
+    assert canonical_json(text) == text

@@ -257,7 +257,7 @@ class Sum(BaseModel):
     total: int
 
 
-@pytest.mark.parametrize("model", ["plain", "default"])
+@pytest.mark.parametrize("model", ["plain", "default", "careful"])
 def test_an_answer_is_parsed_into_the_clients_type(client: OpenAI, script: Script, model: str) -> None:
     script.answer = lambda body: '{"what": "apples", "total": 12}'
     parsed = client.responses.parse(model=model, input="count", text_format=Sum)
@@ -296,7 +296,7 @@ def call_the_tool(body: dict[str, Any]) -> ServerAnswer:
     return {"content": None, "reasoning_content": "Two sums.", "tool_calls": calls}
 
 
-@pytest.mark.parametrize("model", ["plain", "default"])
+@pytest.mark.parametrize("model", ["plain", "default", "careful"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("by", ["previous_response_id", "input"])
 def test_the_clients_tools_make_their_round_trip(
@@ -409,14 +409,22 @@ def test_a_program_that_raises_after_its_stream_began_is_told_with_its_receipt(s
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({"model": "careful", "tools": [TOOL]}, "tools", "unsupported_parameter"),
-        ({"model": "careful", "text": {"format": {"type": "json_object"}}}, "text.format", "unsupported_parameter"),
-        ({"model": "careful", "include": ["message.output_text.logprobs"]}, "include", "unsupported_parameter"),
-        ({"model": "careful", "top_logprobs": 2}, "top_logprobs", "unsupported_parameter"),
+        ({"model": "two-step", "tools": [TOOL]}, "tools", "unsupported_parameter"),
+        (
+            {"model": "two-step", "text": {"format": {"type": "json_object"}}},
+            "text.format",
+            "unsupported_parameter",
+        ),
+        (
+            {"model": "two-step", "include": ["message.output_text.logprobs"]},
+            "include",
+            "unsupported_parameter",
+        ),
+        ({"model": "two-step", "top_logprobs": 2}, "top_logprobs", "unsupported_parameter"),
         (
             {
                 "input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}],
-                "model": "careful",
+                "model": "two-step",
             },
             "input",
             "unsupported_parameter",

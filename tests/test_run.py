@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -30,6 +30,7 @@ from asmodel import (
     Prompt,
     Run,
     StepError,
+    ToolCall,
     UpstreamError,
     gather,
     program,
@@ -369,6 +370,120 @@ async def test_a_reply_may_be_returned_with_citations_and_data() -> None:
 async def test_a_reply_that_was_cut_off_says_so() -> None:
     upstream = FunctionUpstream(lambda call: Reply(text="half", finish="length"), name="up")
     assert (await run_program(made(replying), "q", upstream=upstream)).finish == "length"
+
+
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+SHAPE: dict[str, Any] = {"tools": TOOLS, "tool_choice": "auto", "response_format": {"type": "json_object"}}
+
+
+async def test_a_draft_is_asked_for_what_the_client_wants_and_held_and_may_become_the_answer() -> None:
+    deltas: list[Delta] = []
+
+    async def chooses(run: Run) -> Answer:
+        assert run.wants_json
+        drafts = [await run.draft(ask.using(temperature=1), "q") for _ in range(3)]
+        assert not deltas
+        return Answer(text=await run.reply(drafts[1]), data={"drafts": [draft.text for draft in drafts]})
+
+    call = ToolCall(id="c", name="look", arguments="{}")
+    replies = iter([Reply(text='{"a": 1}'), Reply(tool_calls=(call,), finish="tool_calls"), Reply(refusal="No.")])
+    upstream = FunctionUpstream(lambda call: next(replies), name="up")
+    answer = await run_program(
+        made(chooses, supports=["tools", "response_format"]),
+        "q",
+        upstream=upstream,
+        hints={"temperature": 0.1, "max_tokens": 5},
+        shape=SHAPE,
+        emit=collecting(deltas),
+    )
+    assert answer == Answer(tool_calls=(call,), finish="tool_calls", data={"drafts": ['{"a": 1}', "", ""]})
+    for asked, number in zip(upstream.calls, range(3), strict=True):
+        assert isinstance(asked, Chat)
+        assert asked.tools == tuple(TOOLS)
+        assert asked.params == {"temperature": 1, **{name: SHAPE[name] for name in SHAPE if name != "tools"}}
+        assert asked.draw == f"0/{number}"
+
+
+async def test_a_draft_that_does_not_fit_or_cannot_be_read_is_asked_for_again_and_kept_as_it_then_is() -> None:
+    def short(text: str) -> str:
+        if len(text) > 8:
+            raise ValueError("That is too long.")
+        return text
+
+    async def drafts(run: Run) -> str:
+        return await run.reply(await run.draft(brief, "q"))
+
+    @step(returns=short)
+    def brief(text: str) -> str:
+        return text
+
+    said = ["no JSON", '{"a": "too long"}', '{"a": 1}']
+    replies, store = iter(said), MemoryCache()
+    upstream = FunctionUpstream(lambda call: next(replies), name="up")
+    for _ in range(2):
+        shape = {"response_format": {"type": "json_object"}}
+        answer = await run_program(made(drafts), "q", upstream=upstream, cache=store, shape=shape)
+        assert answer == Answer(text='{"a": 1}')
+    last = upstream.calls[-1]
+    assert isinstance(last, Chat)
+    assert len(upstream.calls) == 3
+    assert last.messages[-1].text == "That is too long.\nPlease answer again."
+
+
+async def test_where_the_client_wants_text_a_draft_is_the_call_that_any_step_would_make() -> None:
+    async def both(run: Run) -> str:
+        assert not run.wants_json
+        await run(ask, "q")
+        return (await run.draft(ask.using(sample=0), "q")).text
+
+    upstream = counting()
+    shape: dict[str, Any] = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}
+    await run_program(made(both), "q", upstream=upstream, shape=shape, cache=MemoryCache())
+    assert len(upstream.calls) == 1
+
+
+async def test_a_draft_has_the_tools_of_its_program_too() -> None:
+    @tool
+    def own() -> str:
+        """The program's own."""
+        return "done"
+
+    async def drafts(run: Run) -> str:
+        draft = await run.draft(ask.using(tools=[own]), "q")
+        return (await run.call(draft.tool_calls[0])).text
+
+    call = ToolCall(id="c", name="own", arguments="{}")
+    upstream = FunctionUpstream(lambda asked: Reply(tool_calls=(call,), finish="tool_calls"), name="up")
+    answer = await run_program(made(drafts, supports=["tools"]), "q", upstream=upstream, shape={"tools": TOOLS})
+    assert answer.text == "done"
+    (asked,) = upstream.calls
+    assert isinstance(asked, Chat)
+    assert [tool["function"]["name"] for tool in cast("Any", asked.tools)] == ["own", "look"]
+
+
+@step(returns=list[int])
+def shaped(text: str) -> str:
+    return text
+
+
+@pytest.mark.parametrize("what", [continued, shaped])
+async def test_what_cannot_answer_as_the_client_asks_cannot_be_a_draft(what: Any) -> None:
+    async def drafts(run: Run) -> str:
+        return (await run.draft(what, "q")).text
+
+    upstream = counting()
+    with pytest.raises(ProgramError, match=r"run\.draft wants a step that shows messages"):
+        await run_program(made(drafts), "q", upstream=upstream)
+    assert not upstream.calls
+
+
+async def test_a_draft_is_the_reply_or_another_is_but_not_both() -> None:
+    async def twice(run: Run) -> str:
+        await run.reply(await run.draft(ask, "a"))
+        return await run.reply(ask, "b")
+
+    with pytest.raises(ProgramError, match=r"called run\.reply twice"):
+        await run_program(made(twice), "q", upstream=counting())
 
 
 async def test_a_step_whose_reply_is_made_into_something_cannot_be_the_reply() -> None:

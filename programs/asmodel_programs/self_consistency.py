@@ -2,6 +2,8 @@
 
 Source: Wang, Wei, Schuurmans, Le, Chi, Narang, Chowdhery, Zhou, "Self-Consistency Improves Chain of Thought Reasoning
 in Language Models", arXiv 2203.11171 (2022). As there, the reasoning paths are marginalised out by a plain majority.
+Where the client offers tools, a sample may call some, and those that make the same calls agree. Where it asks for JSON,
+each sample is that JSON (and thinks first only if the schema has a place for it), and those of equal values agree.
 """
 
 import re
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from asmodel import Answer, Message, Run, gather, program, step
+from asmodel import Answer, Message, Reply, Run, canonical_json, gather, program, step
 
 ASK = (
     "Think it through step by step. Then give the final answer, as short as it can be, on a last line of its own that "
@@ -40,19 +42,43 @@ def normalised(answer: str) -> str:
     return " ".join(kept or words.split())  # "A" may be the answer
 
 
+def vote(reply: Reply, *, as_json: bool) -> str:
+    """What is counted; an answer that is text has no brackets in it, so it is never taken for anything else."""
+    if reply.refusal is not None:
+        return "(refused)"
+    if reply.tool_calls:
+        return ", ".join(sorted(f"{c.name}({canonical_json(c.arguments or '{}')})" for c in reply.tool_calls))
+    return canonical_json(reply.text) if as_json else normalised(final_answer(reply.text))
+
+
+@step(model="writer")
+def sample(messages: Sequence[Message]) -> Sequence[Message]:
+    return messages
+
+
 @step(model="writer", returns=final_answer)
 def thought(messages: Sequence[Message]) -> Sequence[Message]:
-    return [*messages[:-1], Message(messages[-1].role, f"{messages[-1].text}\n\n{ASK}")]
+    # The question; after it there may be calls and their results.
+    role = "user" if messages[-1].role == "tool" else messages[-1].role
+    place = max((i for i, message in enumerate(messages) if message.role == role), default=0)
+    asked = messages[place]
+    if isinstance(asked.content, str | None) or all(part.get("type") == "text" for part in asked.content):
+        question = Message(asked.role, f"{asked.text}\n\n{ASK}")
+    else:
+        question = Message(asked.role, [*asked.content, {"type": "text", "text": ASK}])
+    return [*messages[:place], question, *messages[place + 1 :]]
 
 
-@program("self-consistency", params=Params)
+@program("self-consistency", params=Params, supports=["tools", "response_format", "images", "audio"])
 async def self_consistency(run: Run[Params]) -> Answer:
     """Draw several chains of thought and return the answer that most of them agree on."""
-    draw = thought.using(temperature=run.params.temperature)
+    draw = (sample if run.wants_json else thought).using(temperature=run.params.temperature)
     with run.part("votes", of=run.params.samples):
-        answers = await gather(run(draw, run.messages) for _ in range(run.params.samples))
-    tally = Counter(map(normalised, answers))
-    winner, _ = tally.most_common(1)[0]
-    run.note(tally=[votes for _, votes in tally.most_common()])
-    text = next(answer for answer in answers if normalised(answer) == winner)
-    return Answer(text=text, data={"tally": dict(tally.most_common())})
+        drafts = await gather(run.draft(draw, run.messages) for _ in range(run.params.samples))
+    votes = [vote(draft, as_json=run.wants_json) for draft in drafts]
+    tally = Counter(votes).most_common()  # of as many votes, the first comes first
+    run.note(tally=[count for _, count in tally])
+    chosen = drafts[votes.index(tally[0][0])]
+    as_it_came = run.wants_json or chosen.tool_calls or chosen.refusal is not None
+    text = await run.reply(chosen) if as_it_came else final_answer(chosen.text)
+    return Answer(text=text, data={"tally": dict(tally)})

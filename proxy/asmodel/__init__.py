@@ -8,7 +8,7 @@ from asmodel.calls import Document, LogLikelihood, Message, Reply, ToolCall, Usa
 from asmodel.errors import AsmodelError, InvalidRequest, LimitExceeded, ProgramError, StepError, UpstreamError
 from asmodel.gathering import gather
 from asmodel.programs import Answer, Citation, Program, program
-from asmodel.readers import thoughts_and_answer
+from asmodel.readers import canonical_json, thoughts_and_answer
 from asmodel.run import Run
 from asmodel.steps import Prompt, Step, score, step
 from asmodel.tools import Tool, tool
@@ -36,6 +36,7 @@ __all__ = [
     "ToolCall",
     "UpstreamError",
     "Usage",
+    "canonical_json",
     "gather",
     "program",
     "score",

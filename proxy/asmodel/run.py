@@ -261,6 +261,15 @@ class Run(Generic[ParamsT]):
         """
         return self._cast.tool(name)
 
+    @property
+    def wants_json(self) -> bool:
+        """Whether the client has asked for JSON (`response_format`), so that no other text will do as the answer."""
+        return self._fits is not None
+
+    @cached_property
+    def _fits(self) -> Callable[[Reply], str] | None:
+        return structured.reader(self.request.shape.get("response_format"))
+
     def best(self, answer: str | Answer) -> None:
         """The best answer so far: what is returned, with finish reason `length`, if a limit ends the run."""
         self._best = answer
@@ -300,15 +309,21 @@ class Run(Generic[ParamsT]):
     async def reply(self, step: Step[P, Any, str], /, *args: P.args, **kwargs: P.kwargs) -> str: ...
     @overload
     async def reply(self, program: Program[Any, Any], messages: str | Sequence[Message], /) -> str: ...
+    @overload
+    async def reply(self, draft: Reply, /) -> str: ...
     async def reply(self, thing: Any, /, *args: Any, **kwargs: Any) -> str:
         """Run the step (or program) whose text *is* the answer: it streams to the client as it is generated.
 
         At most once a run; return the text unchanged. The client's sampling hints go to it. It is not asked again, but
-        where the client wants an answer of a certain shape, which is held until it fits.
+        where the client wants an answer of a certain shape, which is held until it fits. A reply that `draft` gave is
+        the answer as it came, with its tool calls or its refusal.
         """
         if self._replying:
             raise ProgramError(f'program "{self.program.name}" called run.reply twice; one reply is the answer')
         self._replying = True
+        if isinstance(thing, Reply):
+            self.replied = thing
+            return thing.text
         emit = None if self._emit is None else self._leaving
         if isinstance(thing, Program):
             self.hinted = True
@@ -336,6 +351,46 @@ class Run(Generic[ParamsT]):
             emit, asks, step = None, 2, replace(step, reader=check)
         value, self.replied = await self._ask(step, upstream, call, asks=asks, emit=emit)
         return cast("str", value)
+
+    async def draft(self, step: Step[P, Any, Any], /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        """Run a step that may become the answer, and hold it: as often as there are to be candidates.
+
+        The client's tools and `response_format` go to it; its sampling hints do not. It is asked again while it is not
+        of that shape, and while its step cannot read its text; calls of tools and refusals are answers of their own.
+        `run.reply(draft)` makes one of them the answer as it came.
+        """
+        self._remember(step)
+        upstream = self._cast.play(step.role)
+        call = self._call(step, upstream, args, kwargs)
+        if not isinstance(call, Chat) or step.shape is not None:
+            raise ProgramError(
+                f'program "{self.program.name}": run.draft wants a step that shows messages and answers as the client '
+                f'asks; step "{step.name}" shows raw text, or has an answer of its own shape'
+            )
+        fits = self._fits
+
+        def read(reply: Reply) -> Reply:
+            if not reply.tool_calls and reply.refusal is None:
+                if fits is not None:
+                    fits(reply)
+                step.read(reply)
+            return reply
+
+        asked = replace(step, reader=read)
+        return (await self._ask(asked, upstream, self._shaped(call), asks=step.asks, emit=None))[1]
+
+    def _shaped(self, call: Chat) -> Chat:
+        """The call with what the client asks of its answer. Where that is text, as it is, so that its key stays too."""
+        shape = dict(self.request.shape)
+        tools = cast("Sequence[Mapping[str, JSON]]", shape.pop("tools", None) or ())
+        if not tools:
+            shape.pop("tool_choice", None)
+            shape.pop("parallel_tool_calls", None)
+        if self._fits is None:
+            shape.pop("response_format", None)
+        if not shape and not tools:
+            return call
+        return replace(call, params={**call.params, **shape}, tools=(*call.tools, *tools))
 
     async def _leaving(self, delta: Delta) -> None:
         assert self._emit is not None

@@ -1026,6 +1026,7 @@ async def run_program(
     limits: Limits | None = None,
     roles: Mapping[str, str] | None = None,
     hints: Mapping[str, JSON] | None = None,
+    shape: Mapping[str, JSON] | None = None,
     choice: int = 0,
     identity: str | None = None,
     emit: Emit | None = None,
@@ -1034,9 +1035,10 @@ async def run_program(
 
     `upstream` plays every role that has no other player; `upstreams` are further ones by name, and a step's role may
     be the name of one; `tools` are those of the settings. With the same `cache` (open, if it has a life) and the same
-    question, a second run is the first one resumed. `hints` are a client's sampling parameters, by OpenAI's names;
-    `choice` counts the choices of `n`; `identity` names the run, as an `Idempotency-Key` does: a program with effects
-    wants one, and a cache.
+    question, a second run is the first one resumed. `hints` are a client's sampling parameters, by OpenAI's names, and
+    `shape` is what it asks of the answer (`tools`, `response_format`, …) where the program supports that; `choice`
+    counts the choices of `n`; `identity` names the run, as an `Idempotency-Key` does: a program with effects wants one,
+    and a cache.
     Raises what a client would be told: AsmodelError.
     """
     from asmodel.app import onion
@@ -1057,6 +1059,7 @@ async def run_program(
         messages=(Message("user", question),) if isinstance(question, str) else tuple(question),
         documents=tuple(documents),
         hints=dict(hints or {}),
+        shape=dict(shape or {}),
         params=dict(params or {}) if isinstance(params, Mapping | None) else params.model_dump(mode="json"),
         roles=dict(roles or {}),
         limits=limits or Limits(),

@@ -146,6 +146,11 @@ def asking(question: str, model: str = "plain", **more: Any) -> Json:
 _NUMBER = re.compile(r"\bquestion (\d+)\b")
 
 
+def _words(body: Json) -> str:
+    """What was asked, by whichever route."""
+    return json.dumps([body[name] for name in ("messages", "prompt", "input") if name in body])
+
+
 class Script:
     """A scripted upstream that all tests share: questions have numbers, and are answered by them."""
 
@@ -163,7 +168,7 @@ class Script:
     def asked(self, question: str) -> list[Received]:
         """The calls that had the question in them, in order."""
         number = self._number(question)
-        return [r for r in self.server.requests if number in _NUMBER.findall(json.dumps(r.body.get("messages", "")))]
+        return [r for r in self.server.requests if number in _NUMBER.findall(_words(r.body))]
 
     def left(self, question: str) -> Received:
         """The last call with the question in it, once the upstream has seen that nobody waits for it any more."""
@@ -191,7 +196,7 @@ class Script:
         return found[1]
 
     def _answer(self, body: Json) -> ServerAnswer:
-        answers = self._answers[self._number(json.dumps(body["messages"]))]
+        answers = self._answers[self._number(_words(body))]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         return answer(body) if callable(answer) else answer
 

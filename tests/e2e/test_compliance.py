@@ -95,8 +95,6 @@ COMPLY = {
     "chat-reasoning-summary": "skipped",
     "chat-error-handling": "passed",
 }
-TEXT_ALONE = {"chat-tool-calling": "failed", "chat-image-input": "failed"}
-"""Of a program that votes on texts: it has no use for tools and pictures, and says so with a 400."""
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -105,7 +103,7 @@ def test_llm_comply_passes(model: str, server: Server, tmp_path: Path) -> None:
     asked = ["--format", "openai-chat", "-u", server.base_url, "-k", "unused", "-m", model, "--json"]
     results = _judged([str(program), *asked], tmp_path)["results"]
     found = {result["id"]: result["status"] for result in results}
-    assert found == COMPLY | (TEXT_ALONE if model == "self-consistency" else {}), results
+    assert found == COMPLY, results
 
 
 CANARY = {
@@ -124,5 +122,4 @@ def test_compatcanary_passes(model: str, server: Server, tmp_path: Path) -> None
     asked = ["scan", "--base-url", server.base_url, "--model", model, "--profile", "chat", "--format", "json"]
     results = _judged([str(environment.interpreter), str(script), *asked], tmp_path)["results"]
     found = {result["id"]: result["status"] for result in results}
-    voting = {"chat.tool_call": "fail", "chat.structured_output": "fail"}
-    assert found == CANARY | (voting if model == "self-consistency" else {}), results
+    assert found == CANARY, results

@@ -186,9 +186,10 @@ def test_a_stream_says_how_far_the_program_is(sdk: Sdk, server: Server, script: 
 # ---- structured answers ----
 
 
-def test_parse_gives_an_object_of_the_clients_type(sdk: Sdk, server: Server, script: Script) -> None:
+@pytest.mark.parametrize("model", ["plain", "self-consistency"])
+def test_parse_gives_an_object_of_the_clients_type(model: str, sdk: Sdk, server: Server, script: Script) -> None:
     question = script.will(json.dumps(SUM))
-    assert sdk.does("parse", server, asking(question), schema="Sum")["parsed"] == SUM
+    assert sdk.does("parse", server, asking(question, model), schema="Sum")["parsed"] == SUM
     sent = script.asked(question)[0].body["response_format"]
     assert sent["type"] == "json_schema"
     assert sent["json_schema"]["schema"]["required"] == ["what", "total"]
@@ -228,7 +229,7 @@ def call_the_tool(body: Json) -> Json | str:
     return {"content": None, "tool_calls": [call], "finish_reason": "tool_calls"}
 
 
-@pytest.mark.parametrize("model", ["plain", "default"])
+@pytest.mark.parametrize("model", ["plain", "self-consistency", "default"])
 def test_the_clients_tools_make_their_round_trip(model: str, sdk: Sdk, server: Server, script: Script) -> None:
     question = script.will(call_the_tool)
     saw = sdk.does("tools", server, asking(question, model))
@@ -237,19 +238,68 @@ def test_the_clients_tools_make_their_round_trip(model: str, sdk: Sdk, server: S
     assert first["message"]["content"] is None
     assert first["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 5, "b": 7}'}
     assert saw["second"]["choices"][0]["message"]["content"] == "That makes 12."
-    asked, answered = script.asked(question)
+    asked, *_, answered = script.asked(question)
     assert asked.body["tools"][0]["function"]["name"] == "add"
     *_, wanted, result = answered.body["messages"]
     assert wanted["tool_calls"] == first["message"]["tool_calls"]
     assert result == {"role": "tool", "tool_call_id": "call_1", "content": "12"}
 
 
-def test_a_tool_call_can_be_streamed(sdk: Sdk, server: Server, script: Script) -> None:
-    saw = sdk.does("accumulate", server, asking(script.will(call_the_tool)), tools=True)
+@pytest.mark.parametrize("model", ["plain", "self-consistency"])
+def test_a_tool_call_can_be_streamed(model: str, sdk: Sdk, server: Server, script: Script) -> None:
+    saw = sdk.does("accumulate", server, asking(script.will(call_the_tool), model), tools=True)
     choice = saw["completion"]["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"a": 5, "b": 7}
     assert not choice["message"].get("content")
+
+
+# ---- raw text and embeddings, of an upstream ----
+
+
+def test_raw_text_is_continued(sdk: Sdk, server: Server, script: Script) -> None:
+    prompt = script.will(" Twelve.")
+    saw = sdk.does("complete", server, {"model": "default", "prompt": prompt, "max_tokens": 5})
+    completion = saw["completion"]
+    assert completion["object"] == "text_completion"
+    (choice,) = completion["choices"]
+    assert (choice["index"], choice["text"], choice["finish_reason"]) == (0, " Twelve.", "stop")
+    usage = completion["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
+    assert saw["request_id"]
+    (asked,) = script.asked(prompt)
+    assert (asked.path, asked.body["prompt"], asked.body["max_tokens"]) == ("/v1/completions", prompt, 5)
+
+
+def test_its_continuation_can_be_streamed(sdk: Sdk, server: Server, script: Script) -> None:
+    ask = {"model": "default", "prompt": script.will(" One two three."), "stream_options": {"include_usage": True}}
+    *said, last = sdk.does("complete_stream", server, ask)["chunks"]
+    assert "".join(c["choices"][0]["text"] for c in said) == " One two three."
+    assert len(said) > 2
+    assert [c["choices"][0]["finish_reason"] for c in said] == [None] * (len(said) - 1) + ["stop"]
+    assert (last["choices"], last["usage"]["total_tokens"] > 0) == ([], True)
+
+
+def test_vectors_are_the_same_numbers_however_they_are_sent(sdk: Sdk, server: Server, script: Script) -> None:
+    ask = {"model": "default", "input": ["red", "blue"]}
+    # The SDKs' own wish is base64, which they decode themselves.
+    sent = sdk.does("embed", server, ask)
+    asked_for = script.server.requests[-1].body
+    written = sdk.does("embed", server, {**ask, "encoding_format": "float"})["embedded"]
+    assert (asked_for["encoding_format"], asked_for["input"]) == ("base64", ["red", "blue"])
+    assert [v["index"] for v in sent["embedded"]["data"]] == [0, 1]
+    for decoded, number in zip(sent["embedded"]["data"], written["data"], strict=True):
+        assert len(number["embedding"]) == 8
+        assert decoded["embedding"] == pytest.approx(number["embedding"], rel=1e-6)
+    assert sent["embedded"]["usage"]["total_tokens"] > 0
+    assert sent["request_id"]
+
+
+@pytest.mark.parametrize(("do", "given"), [("complete", "prompt"), ("embed", "input")])
+def test_a_program_has_neither(do: str, given: str, sdk: Sdk, server: Server) -> None:
+    error = sdk.fails(do, server, {"model": "plain", given: "x"}, retries=True)
+    assert (error["class"], error["param"]) == ("BadRequestError", "model")
+    assert '"plain" is a program' in error["message"]
 
 
 # ---- errors ----

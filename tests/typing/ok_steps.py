@@ -96,6 +96,9 @@ async def options(run: Run) -> None:
 async def reply(run: Run) -> str:
     assert_type(await run.reply(bare, "q"), str)
     assert_type(await run.reply(thought.using(temperature=0), "q"), str)
+    assert_type(await run.draft(bare, "q"), Reply)
+    assert_type(await run.draft(split, question="q"), Reply)
+    assert_type(await run.reply(await run.draft(bare, "q")), str)
     return ""
 
 

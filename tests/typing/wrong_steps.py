@@ -46,6 +46,8 @@ async def results(run: Run) -> None:
 async def replies(run: Run) -> None:
     await run.reply(verdict, "q")  # error: the reply is the text itself
     await run.reply(bare, 3)  # error
+    await run.draft(bare, 3)  # error
+    await run.reply(await run.draft(bare, "q"), "q")  # error: it has been asked already
 
 
 def options() -> None:

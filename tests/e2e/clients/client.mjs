@@ -120,6 +120,30 @@ const WAYS = {
     return { first: wire(first), second: wire(second) };
   },
 
+  // Raw text, not a chat.
+  async complete(client, { ask }) {
+    const completion = await client.completions.create(...split(ask));
+    return { completion: wire(completion), request_id: completion._request_id };
+  },
+
+  async complete_stream(client, { ask }) {
+    const [body, options] = split(ask);
+    const result = { chunks: [] };
+    try {
+      for await (const chunk of await client.completions.create({ ...body, stream: true }, options)) {
+        result.chunks.push(wire(chunk));
+      }
+    } catch (error) {
+      result.error = failure(error);
+    }
+    return result;
+  },
+
+  async embed(client, { ask }) {
+    const embedded = await client.embeddings.create(...split(ask));
+    return { embedded: wire(embedded), request_id: embedded._request_id };
+  },
+
   async respond(client, { ask }) {
     const response = await client.responses.create(...split(ask));
     return { response: wire(response), text: response.output_text, request_id: response._request_id };

@@ -182,6 +182,27 @@ async def abort(client: Any, order: dict[str, Any]) -> dict[str, Any]:
     return {"left_at": left_at}
 
 
+async def complete(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    """Raw text, not a chat."""
+    completion = await settled(client.completions.create(**order["ask"]))
+    return {"completion": plain(completion), "request_id": completion._request_id}
+
+
+async def complete_stream(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {"chunks": []}
+    try:
+        async for chunk in each(await settled(client.completions.create(stream=True, **order["ask"]))):
+            result["chunks"].append(plain(chunk))
+    except Exception as error:
+        result["error"] = failure(error)
+    return result
+
+
+async def embed(client: Any, order: dict[str, Any]) -> dict[str, Any]:
+    embedded = await settled(client.embeddings.create(**order["ask"]))
+    return {"embedded": plain(embedded), "request_id": embedded._request_id}
+
+
 async def respond(client: Any, order: dict[str, Any]) -> dict[str, Any]:
     response = await settled(client.responses.create(**order["ask"]))
     return {"response": plain(response), "text": response.output_text, "request_id": response._request_id}
@@ -265,8 +286,9 @@ async def keep(client: Any, order: dict[str, Any]) -> dict[str, Any]:
 
 
 CHAT = (create, raw, stream, parse, accumulate, tools, models, model, get, abort)
+RAW = (complete, complete_stream, embed)
 RESPONSES = (respond, respond_stream, respond_parse, respond_accumulate, respond_tools, keep)
-WAYS = {way.__name__: way for way in (*CHAT, *RESPONSES)}
+WAYS = {way.__name__: way for way in (*CHAT, *RAW, *RESPONSES)}
 
 
 async def obey(order: dict[str, Any]) -> dict[str, Any]:
