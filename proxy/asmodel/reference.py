@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from asmodel import (
     access,
+    admission,
     chat,
     completions,
     connections,
@@ -315,8 +316,9 @@ is `response.failed`, with the receipt, and then `error`, which SDKs raise.
 read, for {kept.days:g} days after they were made or last gone on from, and in {kept.bytes:,} bytes together, beyond
 which the oldest go first. They are no part of the cache. One that goes on from another holds what is its own: where the
 other is deleted, it can be read still, and not be gone on from. A conversation that goes on has at most as many items
-and bytes as a request may have. The processes of one machine share what is kept; several machines do not, and where a
-client may meet any of them it should send its whole conversation.
+and bytes as a request may have, and counts in `[limits] in_flight_bytes` as a body does. The processes of one machine
+share what is kept; several machines do not, and where a client may meet any of them it should send its whole
+conversation.
 
 ## Idempotency-Key
 
@@ -500,7 +502,8 @@ def errors_told() -> Iterable[tuple[str, str, str, str, str]]:
     """Of every error: status, code, type, whether SDKs ask again, and when it is."""
     told = dict(_TREE.findall(errors.__doc__ or ""))
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AsmodelError)]
-    kinds += [access.Unauthorized, exchange.BodyTimeout, routes.RouteNotFound, routes.MethodNotAllowed]
+    kinds += [access.Unauthorized, admission.Overloaded, exchange.BodyTimeout]
+    kinds += [routes.RouteNotFound, routes.MethodNotAllowed]
     kinds += [effects.EffectUnknown, effects.JournalUnusable, response_store.StoreUnavailable]
     kinds += [responses.PreviousResponseNotFound, responses.ResponseNotFound]
     rows: list[tuple[str, str, str, str, str]] = []
@@ -524,6 +527,7 @@ def errors_told() -> Iterable[tuple[str, str, str, str, str]]:
 _WHEN: Mapping[str, str] = {
     "AsmodelError": "asmodel itself failed; its log says where",
     "Unauthorized": "no key, or a wrong one",
+    "Overloaded": "more is being answered than `[limits] in_flight` and `in_flight_bytes` allow; with `retry-after`",
     "BodyTimeout": "the body has stopped coming",
     "RouteNotFound": "there is no such route",
     "MethodNotAllowed": "the route is asked with another method",
