@@ -283,8 +283,8 @@ request is said before that, with its own status. Then come, as `data:` events:
 
 Of an upstream that is passed through, its own chunks come instead, and one `[DONE]`. Where nothing has been said for
 {passing.KEEP_ALIVE_EVERY:g} s there is a comment, which clients pass over. An error in the middle is an event
-`{{"error": {{…}}}}` and the end; there is no `[DONE]` then, and what has begun to be answered is not begun anew. A
-client that reads slowly holds up nobody else, and one that leaves ends its run.
+`{{"error": {{…}}}}` and the end, also where the server stops; there is no `[DONE]` then, and what has begun to be
+answered is not begun anew. A client that reads slowly holds up nobody else, and one that leaves ends its run.
 
 ## Responses
 
@@ -309,7 +309,8 @@ cut off is `incomplete`, by `max_output_tokens` or `content_filter`. The receipt
 `response.function_call_arguments.delta`, `response.reasoning_summary_text.delta` for what the program is at,
 `response.reasoning_text.delta`, `response.refusal.delta`, each with its part's `added` and `done`) and
 `response.output_item.done`; then `response.completed` or `response.incomplete`, with all of it. An error in the middle
-is `response.failed`, with the receipt, and then `error`, which SDKs raise.
+is `response.failed`, with the receipt, and then `error`, which SDKs raise; so is the end of a server that stops, with
+`draining`.
 
 **Kept** are responses that came to their end, unless the request has `store: false` or the server `[store] kind =
 "off"`; `store` of a response says whether it is. They are kept by holder of a key, in a file that its user alone can

@@ -262,6 +262,8 @@ class _Events(Stream):
         super().__init__(exchange, answering, chunks, progress=progress)
         self._request = request
         self._draft = drafted(request, answering.id, answering.created)
+        self._rest = b""
+        """Events of the answer's end, which wait until it is kept."""
 
     def _roles(self) -> bytes:
         if self._began:
@@ -276,13 +278,13 @@ class _Events(Stream):
         return self._draft.line(line)
 
     def _failure(self, error: AsmodelError) -> bytes:
-        return self._draft.failed(response_wire.renamed(error), receipt_of(self._exchange, self._job, []))
+        return self._rest + self._draft.failed(response_wire.renamed(error), receipt_of(self._exchange, self._job, []))
 
     async def _ending(self, outcomes: list[Outcome]) -> bytes:
         (outcome,) = outcomes
-        rest = self._draft.end(outcome.answer, outcome.reply)
+        self._rest = self._draft.end(outcome.answer, outcome.reply)
         response = await finished(self._request, self._draft, self._exchange, self._job, outcome)
-        return rest + self._draft.closing(response)
+        return self._rest + self._draft.closing(response)
 
 
 class KeptRoute(Route):
