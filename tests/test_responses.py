@@ -667,6 +667,10 @@ def test_the_store_is_for_its_user_alone_and_apart_from_the_cache(client: OpenAI
     assert json.loads(body)["response"]["metadata"] == {"only": "in the store"}, "JSON, and nothing else"
 
 
+def test_the_server_says_at_its_start_where_responses_are(server: Server) -> None:
+    assert f"\n  responses  {server.folder / 'state' / 'asmodel' / 'responses'}\n" in server.said
+
+
 def test_images_and_files_are_kept_with_the_rest(client: OpenAI, script: Script) -> None:
     data = "data:text/plain;base64," + base64.b64encode(b"Twelve apples.").decode()
     content: list[Any] = [
@@ -718,6 +722,8 @@ def test_a_server_without_a_store_answers_and_says_that_it_keeps_nothing(script:
             for attempt in tries:
                 with pytest.raises(openai.NotFoundError, match="kind is off"):
                     attempt()
+        assert "\n  cache " in server.said
+        assert "\n  responses " not in server.said
         assert not (tmp_path / "state" / "asmodel" / "responses").exists()
 
 
