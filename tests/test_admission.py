@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 
-from asmodel.admission import SMALL, Admitted
+from asmodel.admission import SMALL, Admitted, Held, Overloaded, Room
 from asmodel.exchange import Exchange, Gone, read_body
 
 
@@ -91,7 +91,8 @@ async def settle() -> None:
 
 async def test_so_many_are_answered_at_a_time_and_the_next_is_told_to_come_again() -> None:
     inner = App()
-    app = Admitted(inner, requests=3)
+    room = Room(requests=3)
+    app = Admitted(inner, room)
     clients = [Client(app) for _ in range(3)]
     await settle()
     refused = Client(app)
@@ -107,12 +108,13 @@ async def test_so_many_are_answered_at_a_time_and_the_next_is_told_to_come_again
     later = Client(app)
     await later.task
     assert later.status == 200
-    assert (app.requests, app.body_bytes) == (0, 0)
+    assert (room.requests, room.body_bytes) == (0, 0)
 
 
 async def test_whoever_asks_how_the_server_is_gets_an_answer() -> None:
     inner = App()
-    app = Admitted(inner, requests=1)
+    room = Room(requests=1)
+    app = Admitted(inner, room)
     client = Client(app)
     await settle()
     probes = [Client(app, path=path) for path in ("/healthz", "/readyz", "/metrics")]
@@ -124,27 +126,29 @@ async def test_whoever_asks_how_the_server_is_gets_an_answer() -> None:
 @pytest.mark.parametrize("length", [True, False], ids=["announced", "chunked"])
 async def test_bodies_count_until_their_requests_are_over(length: bool) -> None:
     inner = App()
-    app = Admitted(inner, body_bytes=300_000)
+    room = Room(body_bytes=300_000)
+    app = Admitted(inner, room)
     part = b"x" * 50_000
     clients = [Client(app, [part, part], length=length) for _ in range(3)]
     await settle()
-    assert app.body_bytes == 300_000
+    assert room.body_bytes == 300_000
     refused = Client(app, [part, part], length=length)
     await refused.task
     assert (refused.status, refused.code) == (503, "overloaded")
     assert b"in_flight_bytes" in refused.said
-    assert app.body_bytes == 300_000
+    assert room.body_bytes == 300_000
     small = Client(app, [b"{}"])
     await small.task
     assert small.status == 503
     inner.go.set()
     await asyncio.gather(*(client.task for client in clients))
-    assert (app.requests, app.body_bytes) == (0, 0)
+    assert (room.requests, room.body_bytes) == (0, 0)
 
 
 async def test_what_was_announced_and_has_not_come_takes_no_room_where_it_is_large() -> None:
     inner = App()
-    app = Admitted(inner, body_bytes=300_000)
+    room = Room(body_bytes=300_000)
+    app = Admitted(inner, room)
 
     class Silent(Client):
         async def _receive(self) -> dict[str, Any]:
@@ -153,7 +157,7 @@ async def test_what_was_announced_and_has_not_come_takes_no_room_where_it_is_lar
 
     silent = [Silent(app, [b"x" * 200_000]) for _ in range(9)]
     await settle()
-    assert app.body_bytes == 0
+    assert room.body_bytes == 0
     inner.go.set()
     served = Client(app, [b"x" * 200_000])
     await served.task
@@ -161,16 +165,17 @@ async def test_what_was_announced_and_has_not_come_takes_no_room_where_it_is_lar
     for client in silent:
         client.task.cancel()
     await asyncio.gather(*(client.task for client in silent), return_exceptions=True)
-    assert (app.requests, app.body_bytes) == (0, 0)
+    assert (room.requests, room.body_bytes) == (0, 0)
 
 
 async def test_of_a_body_that_is_thrown_away_no_more_counts_than_would_be_read() -> None:
     inner = App(limit=100_000)
-    app = Admitted(inner, body_bytes=150_000, largest=100_000)
+    room = Room(body_bytes=150_000)
+    app = Admitted(inner, room, largest=100_000)
     client = Client(app, [b"x" * 90_000] * 10)
     await client.task
     assert (client.status, client.code) == (413, "payload_too_large")
-    assert app.body_bytes == 0
+    assert room.body_bytes == 0
 
 
 async def test_a_refusal_is_measured() -> None:
@@ -182,11 +187,12 @@ async def test_a_refusal_is_measured() -> None:
         def refused(self, limit: str, program: str = "") -> None:
             said.append(limit)
 
-    app = Admitted(App(), requests=1, meter=Noting())
+    room = Room(requests=1, meter=Noting())
+    app = Admitted(App(), room)
     Client(app)
     await settle()
     await Client(app).task
-    full = Admitted(App(), body_bytes=1, meter=Noting())
+    full = Admitted(App(), Room(body_bytes=1, meter=Noting()))
     await Client(full).task
     assert said == ["in_flight", "in_flight_bytes"]
 
@@ -196,7 +202,8 @@ async def test_the_books_are_right_whoever_leaves_and_whenever(seed: int) -> Non
     dice = random.Random(seed)
     inner = App()
     inner.go.set()
-    app = Admitted(inner, requests=20, body_bytes=400_000)
+    room = Room(requests=20, body_bytes=400_000)
+    app = Admitted(inner, room)
     clients: list[Client] = []
     for _ in range(200):
         parts = [b"x" * dice.choice((1, 100, SMALL, 90_000))] * dice.randrange(1, 4)
@@ -205,8 +212,26 @@ async def test_the_books_are_right_whoever_leaves_and_whenever(seed: int) -> Non
             dice.choice(clients).task.cancel()
         if dice.random() < 0.5:
             await asyncio.sleep(0)
-        assert app.requests <= 20
-        assert app.body_bytes <= 400_000
+        assert room.requests <= 20
+        assert room.body_bytes <= 400_000
     await asyncio.gather(*(client.task for client in clients), return_exceptions=True)
-    assert (app.requests, app.body_bytes) == (0, 0)
+    assert (room.requests, room.body_bytes) == (0, 0)
     assert {client.status for client in clients} <= {0, 200, 503}
+
+
+async def test_what_a_request_brings_in_besides_its_body_counts_until_it_is_let_go() -> None:
+    room = Room(body_bytes=100_000)
+    app = Admitted(App(), room)
+    held = Held(room)
+    held.add(60_000)
+    held.add(39_999)
+    assert not room.admits(2)
+    refused = Client(app, [b"{}"])
+    await refused.task
+    assert (refused.status, refused.code) == (503, "overloaded")
+    with pytest.raises(Overloaded, match="in_flight_bytes"):
+        held.add(2)
+    assert room.body_bytes == 99_999
+    held.let_go()
+    held.let_go()
+    assert room.body_bytes == 0

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,80 @@ def test_equal_steps_of_a_run_are_one_call(reported: Callable[..., Report], fold
     for _ in range(2):
         report = reported("ranker", "twice.jsonl", "--param", "facts=facts", "--score", "contains")
         assert (report.systems[0].takes.steps, report.systems[0].takes.calls) == (3, 2)
+
+
+def test_each_question_is_drawn_several_times_and_the_spread_over_draws_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_of = Counter[str]()
+    learns = {"Peru": 1, "Kenya": 2, "Chad": 3}
+
+    def learner(body: dict[str, Any]) -> str:
+        """Is wrong about some countries the first times."""
+        text = body["messages"][-1]["content"]
+        (country,) = (name for name in CAPITALS if name in text)
+        nth = asked_of[body["model"] + country]
+        asked_of[body["model"] + country] += 1
+        right = body["model"] == "clever" or nth >= learns.get(country, 0)
+        return CAPITALS[country] if right else "Unknown"
+
+    monkeypatch.chdir(folder)
+    settings = (folder / "asmodel.toml").read_text()
+
+    def evaluated(*more: str) -> tuple[str, Report]:
+        arguments = ["eval", "plain", "clever", "data.jsonl", "-j", "1", *more, "--json", "report.json"]
+        ended = CliRunner().invoke(main, arguments)
+        assert ended.exit_code == 0, ended.output
+        return ended.stdout, Report.model_validate_json((folder / "report.json").read_bytes())
+
+    with ScriptedServer(learner) as other:
+        (folder / "asmodel.toml").write_text(settings.replace(upstream_url(folder), other.base_url))
+        printed, first = evaluated("--repeats", "3")
+        assert sum(asked_of.values()) == 30
+        again_printed, again = evaluated("--repeats", "3", "--html", "report.html")
+        _, once = evaluated()
+        assert sum(asked_of.values()) == 30, "the first draw is what is asked without --repeats"
+    assert printed.splitlines()[0] == "all 5 questions of data.jsonl, each asked 3 times"
+    rows = [re.split(r"\s{2,}", line) for line in printed.splitlines()]
+    plain = first.systems[0]
+    exact = plain.scores["exact"]
+    assert exact.draws == pytest.approx([0.4, 0.6, 0.8])
+    assert (exact.n, exact.answers) == (5, 15)
+    assert exact.value == pytest.approx(0.6)
+    assert exact.spread == pytest.approx(0.2)
+    assert exact.low is not None
+    assert exact.high is not None
+    assert 0.0 <= exact.low < 0.6 < exact.high <= 1.0
+    (row,) = (row for row in rows if row[0] == "plain" and len(row) == 6)
+    assert (row[1:3], row[4:]) == (["5", "60.0"], ["20.0", "0"])
+    assert ["clever", "5", "100.0", "56.6 to 100.0", "0.0", "0"] in rows, "alike in all draws, it is a proportion"
+    assert "note: clever: the same answer each time" in printed
+    assert "note: plain: the same answer" not in printed
+    (compared,) = first.comparisons
+    assert (compared.n, compared.won, compared.lost, compared.both, compared.neither) == (5, 3, 0, 2, 0)
+    assert compared.difference == pytest.approx(0.4)
+    assert compared.p == 0.25
+    assert plain.takes.calls == 15
+    assert [(a.system, a.draw) for a in first.examples[0].answers] == [
+        (s, d) for s in ("plain", "clever") for d in range(3)
+    ]
+    assert "nothing was bought" in again_printed
+    assert (again.comparisons, [s.scores for s in again.systems]) == (
+        first.comparisons,
+        [s.scores for s in first.systems],
+    )
+    assert once.systems[0].scores["exact"].value == pytest.approx(0.4)
+    assert once.systems[0].scores["exact"].spread is None
+    page = (folder / "report.html").read_text()
+    assert "plain, draw 3" in page
+    assert "Where systems differ (3)" in page
+    assert "plain 0.67" in page
+
+
+def test_what_is_not_sampled_is_bought_once_however_often_it_is_asked(reported: Callable[..., Report]) -> None:
+    (figures,) = reported("judges", "data.jsonl", "--repeats", "4").systems
+    assert (figures.now.calls, figures.answered, figures.questions) == (5, 20, 5)
+    assert figures.takes.calls == 20, "each answer as if nothing were in the cache"
 
 
 def test_a_step_that_was_asked_again_takes_what_its_answer_took(folder: Path, up: ScriptedServer) -> None:

@@ -15,6 +15,7 @@ from asmodel.evaluation.estimates import (
     mcnemar,
     percentile,
     seconds_covered,
+    spread,
     wilson,
 )
 
@@ -134,3 +135,8 @@ def test_time_under_way_is_between_the_longest_call_and_all_of_them_in_a_row(spa
     assert covered <= math.fsum(end - begin for begin, end in spans) + 1e-6
     assert covered >= max((end - begin for begin, end in spans), default=0) - 1e-6
     assert covered == seconds_covered(list(reversed(spans)))
+
+
+def test_the_spread_of_draws_is_their_standard_deviation() -> None:
+    assert spread([0.4, 0.6, 0.8]) == pytest.approx(0.2)
+    assert spread([0.7, 0.7]) == 0.0

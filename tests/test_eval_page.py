@@ -48,6 +48,7 @@ def answered(system: str, value: float | None, **changes: Any) -> Answered:
     )
     values: dict[str, Any] = {
         "system": system,
+        "draw": 0,
         "ending": "answered",
         "text": f"answer of {system} {EVIL}",
         "data": {"ranking": [EVIL]},
@@ -78,10 +79,24 @@ def figures(name: str, value: float | None) -> SystemFigures:
         prompt=None,
         digest=None,
         not_given=[EVIL],
+        questions=3,
         answered=2,
         errors=1,
         not_cached=0,
-        scores={"exact": Score(kind="proportion", n=3, value=value, low=value, high=value, untold=1, unread={EVIL: 1})},
+        scores={
+            "exact": Score(
+                kind="proportion",
+                n=3,
+                value=value,
+                low=value,
+                high=value,
+                draws=[],
+                spread=None,
+                answers=3,
+                untold=1,
+                unread={EVIL: 1},
+            )
+        },
         takes=Takes(questions=3, steps=3, calls=3, prompt_tokens=9, completion_tokens=3, estimated=True, cost=None),
         latency=None if value is None else Latency(n=2, mean=1, p50=1, p90=1, p99=1),
         now=Now(steps=0, calls=0, hits=3, joined=0, prompt_tokens=0, completion_tokens=0, cost=0.0, seconds=0.1),
@@ -117,6 +132,7 @@ def report(**changes: Any) -> Report:
         "made_at": 1_790_000_000.0,
         "data": Drawn(file=EVIL, sha256="0" * 64, lines=3, excluded=0, of=3, seed=7, skipped=0, asked=3),
         "seed": 0,
+        "repeats": 1,
         "at_once": 4,
         "seconds": 0.5,
         "interrupted": False,

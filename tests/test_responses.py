@@ -634,6 +634,34 @@ def test_what_is_gone_on_from_is_no_larger_than_a_request_may_be(client: OpenAI,
     assert "previous_response_id" in raised.value.message
 
 
+def test_what_is_gone_on_from_counts_with_the_bodies_that_are_being_answered(script: Script, tmp_path: Path) -> None:
+    script.reset()
+    settings = "[limits]\nin_flight_bytes = 150_000\n" + upstream(script.server.base_url, retries=0)
+    with serving(tmp_path, settings) as server, server.client(max_retries=0) as client:
+        first: Any = create(client, model="plain", input="x" * 60_000)
+        more: dict[str, Any] = {"model": "plain", "previous_response_id": first.id}
+        script.fault = lambda received: Fault(delay=20.0)
+        waiting = [create(client, input=f"more {number}", stream=True, **more) for number in range(2)]
+        named: list[Any] = [{"type": "item_reference", "id": first.output[0].id}]
+        tries: list[Callable[[], object]] = [
+            lambda: create(client, input="and more", **more),
+            lambda: create(client, model="plain", input=named),
+            lambda: client.responses.retrieve(first.id),
+            lambda: client.responses.input_items.list(first.id),
+        ]
+        for attempt in tries:
+            with pytest.raises(openai.InternalServerError, match="in_flight_bytes") as raised:
+                attempt()
+            assert (raised.value.status_code, raised.value.code) == (503, "overloaded")
+        script.reset()
+        assert create(client, model="plain", input="small").output_text, "what brings nothing in has room"
+        for stream in waiting:
+            stream.close()
+        eventually("those have left", lambda: server.ask("GET", f"/v1/responses/{first.id}").status == 200)
+        for number in range(9):
+            assert create(client, input=f"one after another {number}", **more).output_text
+
+
 def test_the_store_is_for_its_user_alone_and_apart_from_the_cache(client: OpenAI, server: Server) -> None:
     client.responses.create(model="plain", input="a matter for the store alone", metadata={"only": "in the store"})
     folder = server.folder / "state" / "asmodel" / "responses"
@@ -645,6 +673,10 @@ def test_the_store_is_for_its_user_alone_and_apart_from_the_cache(client: OpenAI
     (body,) = connection.execute("SELECT body FROM responses ORDER BY rowid DESC LIMIT 1").fetchone()
     connection.close()
     assert json.loads(body)["response"]["metadata"] == {"only": "in the store"}, "JSON, and nothing else"
+
+
+def test_the_server_says_at_its_start_where_responses_are(server: Server) -> None:
+    assert f"\n  responses  {server.folder / 'state' / 'asmodel' / 'responses'}\n" in server.said
 
 
 def test_images_and_files_are_kept_with_the_rest(client: OpenAI, script: Script) -> None:
@@ -698,6 +730,8 @@ def test_a_server_without_a_store_answers_and_says_that_it_keeps_nothing(script:
             for attempt in tries:
                 with pytest.raises(openai.NotFoundError, match="kind is off"):
                     attempt()
+        assert "\n  cache " in server.said
+        assert "\n  responses " not in server.said
         assert not (tmp_path / "state" / "asmodel" / "responses").exists()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from tests.serving import PATIENCE, Answered, eventually, listens, serving, upstream
 
@@ -74,6 +75,45 @@ def test_what_does_not_end_in_time_is_cut_off_and_its_client_told_to_come_again(
             assert (answer.status, answer.error["code"]) == (503, "draining")
             assert answer.headers["x-should-retry"] == "true"
         assert "Traceback" not in server.said
+
+
+@pytest.mark.parametrize("model", ["plain", "default", "self-consistency"])
+def test_a_streamed_response_that_is_cut_off_fails_as_its_sdk_knows_it(tmp_path: Path, model: str) -> None:
+    delay = 60.0 if model == "self-consistency" else 0.0
+    up = ScriptedServer(lambda body: "word " * 300, delay=delay, token_delay=0.2)
+    told: list[Any] = []
+    raised: list[openai.APIError] = []
+
+    def listen(client: openai.OpenAI) -> None:
+        try:
+            told.extend(client.responses.create(model=model, input="hello", stream=True))
+        except openai.APIError as error:
+            raised.append(error)
+
+    settings = "drain_seconds = 1\n"
+    with up, serving(tmp_path, settings + upstream(up.base_url)) as server, server.client() as client:
+        thread = threading.Thread(target=listen, args=(client,), daemon=True)
+        thread.start()
+        eventually("the upstream speaks", lambda: up.in_flight)
+        time.sleep(1.2)  # The stream is open by then.
+        assert server.stop() == 0
+        thread.join(PATIENCE)
+        eventually("the upstream call stops", lambda: not up.in_flight, 5)
+        assert "Traceback" not in server.said
+    (error,) = raised
+    assert error.code == "draining"
+    assert "stopping" in error.message
+    assert told[0].type == "response.created"
+    failed = told[-1]
+    assert failed.type == "response.failed"
+    assert [event.sequence_number for event in told] == list(range(len(told)))
+    assert (failed.response.id, failed.response.status) == (told[0].response.id, "failed")
+    assert failed.response.error.code == "server_error"
+    if model != "self-consistency":
+        assert failed.response.output[-1].content[0].text.startswith("word word")
+        assert failed.response.output[-1].status == "incomplete"
+    if model != "default":
+        assert failed.response.model_extra["asmodel"]["request_id"]
 
 
 def test_workers_share_one_port_and_end_together(tmp_path: Path, up: ScriptedServer) -> None:

@@ -24,8 +24,63 @@ class Overloaded(AsmodelError):
     retry = True
 
 
+class Room:
+    """How many requests are being answered, of how many bytes together; and whether there is room for more."""
+
+    def __init__(self, *, requests: int = 2_000, body_bytes: int = 268_435_456, meter: Meter = UNMEASURED) -> None:
+        self.requests = 0
+        self.body_bytes = 0
+        self._most = requests
+        self._most_bytes = body_bytes
+        self._meter = meter
+
+    def admits(self, size: int) -> bool:
+        """Whether there is room for a request with a body of that size, which is here already."""
+        return self.requests < self._most and size <= SMALL and self.body_bytes + size <= self._most_bytes
+
+    def has(self, size: int) -> bool:
+        """Whether there is room for so many bytes more."""
+        return self.body_bytes + size <= self._most_bytes
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there is room for no further request."""
+        return self.requests >= self._most
+
+    def crowd(self) -> Overloaded:
+        """What to tell whoever comes then."""
+        self._meter.refused("in_flight")
+        error = f"the server is answering the {self._most} requests that it takes at a time ([limits] in_flight)"
+        return Overloaded(f"{error}; ask again", retry_after=AGAIN)
+
+    def full(self) -> Overloaded:
+        """What to tell whoever brings more bytes than there is room for."""
+        self._meter.refused("in_flight_bytes")
+        error = f"what is being answered comes to {self._most_bytes} bytes ([limits] in_flight_bytes)"
+        return Overloaded(f"{error}; ask again", retry_after=AGAIN)
+
+
+class Held:
+    """Room that one request takes besides its body, for what it names and is kept here; until it is let go."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._bytes = 0
+
+    def add(self, size: int) -> None:
+        """So many bytes more. Raises Overloaded."""
+        if not self._room.has(size):
+            raise self._room.full()
+        self._room.body_bytes += size
+        self._bytes += size
+
+    def let_go(self) -> None:
+        self._room.body_bytes -= self._bytes
+        self._bytes = 0
+
+
 class Admitted:
-    """Lets in so many requests at a time, with bodies of so many bytes together; what is `free` of it always.
+    """Lets in as many requests as there is room for; what is `free` of it always.
 
     A body counts from its first byte until its request is over: what was read of it is in the conversation by then. Of
     what is more than the `largest` that is read nothing is kept, so it does not count.
@@ -36,38 +91,27 @@ class Admitted:
     def __init__(
         self,
         app: ASGIApp,
+        room: Room,
         *,
-        requests: int = 2_000,
-        body_bytes: int = 268_435_456,
         largest: int = 20_000_000,
         free: Collection[str] = ("/healthz", "/readyz", "/metrics"),
-        meter: Meter = UNMEASURED,
     ) -> None:
-        self.requests = 0
-        self.body_bytes = 0
         self._app = app
-        self._most = requests
-        self._most_bytes = body_bytes
+        self._room = room
         self._largest = largest
         self._free = frozenset(free)
-        self._meter = meter
-
-    def admits(self, size: int) -> bool:
-        """Whether there is room for a request with a body of that size, which is here already."""
-        return self.requests < self._most and size <= SMALL and self.body_bytes + size <= self._most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._free:
             await self._app(scope, receive, send)
             return
-        if self.requests >= self._most:
-            self._meter.refused("in_flight")
-            error = f"the server is answering the {self._most} requests that it takes at a time ([limits] in_flight)"
-            await Exchange(scope, receive, send).refuse(Overloaded(f"{error}; ask again", retry_after=AGAIN))
+        room = self._room
+        if room.crowded:
+            await Exchange(scope, receive, send).refuse(room.crowd())
             return
         counted = _announced(scope)
-        if counted <= SMALL and self.body_bytes + counted > self._most_bytes:
-            await Exchange(scope, receive, send).refuse(self._full())
+        if counted <= SMALL and not room.has(counted):
+            await Exchange(scope, receive, send).refuse(room.full())
             return
 
         async def counting() -> Message:
@@ -75,27 +119,22 @@ class Admitted:
             message = await receive()
             more = min(len(message.get("body", b"")), self._largest - counted)
             if more > 0:
-                if self.body_bytes + more > self._most_bytes:
-                    raise self._full()
+                if not room.has(more):
+                    raise room.full()
                 counted += more
-                self.body_bytes += more
+                room.body_bytes += more
             return message
 
         by_part = counted > SMALL
         if by_part:
             counted = 0
-        self.requests += 1
-        self.body_bytes += counted
+        room.requests += 1
+        room.body_bytes += counted
         try:
             await self._app(scope, counting if by_part else receive, send)
         finally:
-            self.requests -= 1
-            self.body_bytes -= counted
-
-    def _full(self) -> Overloaded:
-        self._meter.refused("in_flight_bytes")
-        error = f"the bodies that are being answered come to {self._most_bytes} bytes ([limits] in_flight_bytes)"
-        return Overloaded(f"{error}; ask again", retry_after=AGAIN)
+            room.requests -= 1
+            room.body_bytes -= counted
 
 
 def _announced(scope: Scope) -> int:

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asmodel import __version__, trace_content, tracing
 from asmodel.access import Access
-from asmodel.admission import Admitted
+from asmodel.admission import Admitted, Room
 from asmodel.chat import Asking, ChatCompletions
 from asmodel.completions import Completions, Embeddings
 from asmodel.errors import AsmodelError, ConfigurationError, InvalidRequest
@@ -404,6 +404,7 @@ def create_app(
             yield
 
     limits = settings.limits
+    room = Room(requests=limits.in_flight, body_bytes=limits.in_flight_bytes, meter=metrics)
 
     def asked(kind: Callable[..., AsksT]) -> AsksT:
         return kind(
@@ -418,8 +419,8 @@ def create_app(
         )
 
     chat, completions, embeddings = asked(ChatCompletions), asked(Completions), asked(Embeddings)
-    responses = asked(partial(Responses, store=parts.responses))
-    kept = KeptResponses(parts.access, parts.responses, most=limits.messages, most_bytes=limits.body_bytes)
+    responses = asked(partial(Responses, store=parts.responses, room=room))
+    kept = KeptResponses(parts.access, parts.responses, room, most=limits.messages, most_bytes=limits.body_bytes)
     notes: dict[str, dict[str, Any]] = {
         name: {
             "upstream_kind": s.kind,
@@ -488,12 +489,10 @@ def create_app(
     routes = [route for route in app.routes if isinstance(route, Route)]
     admitted = Admitted(
         Shortcut(app, {("POST", route.path): Enveloped(route) for route in (chat, responses, completions, embeddings)}),
-        requests=limits.in_flight,
-        body_bytes=limits.in_flight_bytes,
+        room,
         largest=limits.body_bytes,
-        meter=metrics,
     )
     passage = Passage(
-        service, parts.access, admitted, chat, metrics, messages=limits.messages, body_bytes=limits.body_bytes
+        service, parts.access, room, chat, metrics, messages=limits.messages, body_bytes=limits.body_bytes
     )
     return Measured(admitted, metrics, routes, passage=passage)

@@ -550,7 +550,7 @@ class Stream:
 
     async def _open(self) -> None:
         self._opened = True
-        await self._exchange.open_stream()
+        await self._exchange.open_stream(self._failure)
         if not self._passed_on:
             await self._exchange.write(self._roles())
         elif not self._answering.events:

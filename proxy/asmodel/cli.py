@@ -222,6 +222,14 @@ def run(
     help="Leave out the ids in it: one a line, or a report by --json.",
 )
 @click.option(
+    "--repeats",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Ask each question so often; what is sampled is drawn anew.",
+)
+@click.option(
     "-j", "--jobs", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="How many at once."
 )
 @click.option("--only-cached", is_flag=True, help="Buy nothing; what is not in the cache is not counted.")
@@ -250,6 +258,7 @@ def evaluate(
     seed: int | None,
     skip: int,
     exclude: tuple[Path, ...],
+    repeats: int,
     jobs: int,
     only_cached: bool,
     strict: bool,
@@ -301,6 +310,7 @@ def evaluate(
         skip=skip,
         seed=seed,
         exclude=exclude,
+        repeats=repeats,
         at_once=jobs,
         only_cached=only_cached,
         strict=strict,

@@ -143,6 +143,7 @@ class Exchange:
         "_connection",
         "_receive",
         "_send",
+        "_told_as",
         "_watch",
         "_when_left",
         "caller",
@@ -185,6 +186,7 @@ class Exchange:
         self._send = send
         extensions: Mapping[str, Any] = scope.get("extensions") or {}
         self._connection: Connection | None = extensions.get("asmodel.connection")
+        self._told_as: Callable[[AsmodelError], bytes] | None = None
         self._when_left: Callable[[], None] | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -274,9 +276,13 @@ class Exchange:
         await self.start(status, everything)
         await self.write(data, last=True)
 
-    async def open_stream(self) -> None:
-        """The start of a response of server-sent events."""
+    async def open_stream(self, told_as: Callable[[AsmodelError], bytes] | None = None) -> None:
+        """The start of a response of server-sent events.
+
+        `told_as` gives what its last events are where it is broken off; by default, one with the error's envelope.
+        """
         self.streamed = True
+        self._told_as = told_as
         headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -292,6 +298,8 @@ class Exchange:
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
         self.ended = last
+        if last:
+            self._told_as = None
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
     async def refuse(self, error: AsmodelError, receipt: Mapping[str, Any] | None = None) -> None:
@@ -301,11 +309,12 @@ class Exchange:
         await self.respond(error.status, body, retry_headers(error))
 
     async def break_off(self, error: AsmodelError) -> None:
-        """Tell the error in whatever way is left: as the response, or as the last event of the stream."""
+        """Tell the error in whatever way is left: as the response, or as the last of the stream."""
         if not self.status:
             await self.refuse(error)
         elif not self.ended:
-            await self.write(wire.event(wire.error_body(error)), last=True)
+            last = wire.event(wire.error_body(error)) if self._told_as is None else self._told_as(error)
+            await self.write(last, last=True)
 
     def log(self, outcome: str) -> None:
         """One line of the log; `outcome` is `ok`, the code of an error, `left` or `cut off`."""

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from asmodel.access import Access, Caller
-    from asmodel.admission import Admitted
+    from asmodel.admission import Room
     from asmodel.chat import ChatCompletions
     from asmodel.metrics import Metrics, Through
     from asmodel.protocols import Upstream
@@ -203,7 +203,7 @@ class Passage:
         self,
         service: Service,
         access: Access,
-        admitted: Admitted,
+        admitted: Room,
         chat: ChatCompletions,
         metrics: Metrics,
         *,

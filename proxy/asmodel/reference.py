@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from asmodel import (
     access,
+    admission,
     chat,
     completions,
     connections,
@@ -283,8 +284,8 @@ request is said before that, with its own status. Then come, as `data:` events:
 
 Of an upstream that is passed through, its own chunks come instead, and one `[DONE]`. Where nothing has been said for
 {passing.KEEP_ALIVE_EVERY:g} s there is a comment, which clients pass over. An error in the middle is an event
-`{{"error": {{…}}}}` and the end; there is no `[DONE]` then, and what has begun to be answered is not begun anew. A
-client that reads slowly holds up nobody else, and one that leaves ends its run.
+`{{"error": {{…}}}}` and the end, also where the server stops; there is no `[DONE]` then, and what has begun to be
+answered is not begun anew. A client that reads slowly holds up nobody else, and one that leaves ends its run.
 
 ## Responses
 
@@ -309,15 +310,17 @@ cut off is `incomplete`, by `max_output_tokens` or `content_filter`. The receipt
 `response.function_call_arguments.delta`, `response.reasoning_summary_text.delta` for what the program is at,
 `response.reasoning_text.delta`, `response.refusal.delta`, each with its part's `added` and `done`) and
 `response.output_item.done`; then `response.completed` or `response.incomplete`, with all of it. An error in the middle
-is `response.failed`, with the receipt, and then `error`, which SDKs raise.
+is `response.failed`, with the receipt, and then `error`, which SDKs raise; so is the end of a server that stops, with
+`draining`.
 
 **Kept** are responses that came to their end, unless the request has `store: false` or the server `[store] kind =
 "off"`; `store` of a response says whether it is. They are kept by holder of a key, in a file that its user alone can
 read, for {kept.days:g} days after they were made or last gone on from, and in {kept.bytes:,} bytes together, beyond
 which the oldest go first. They are no part of the cache. One that goes on from another holds what is its own: where the
 other is deleted, it can be read still, and not be gone on from. A conversation that goes on has at most as many items
-and bytes as a request may have. The processes of one machine share what is kept; several machines do not, and where a
-client may meet any of them it should send its whole conversation.
+and bytes as a request may have, and counts in `[limits] in_flight_bytes` as a body does. The processes of one machine
+share what is kept; several machines do not, and where a client may meet any of them it should send its whole
+conversation.
 
 ## Idempotency-Key
 
@@ -501,7 +504,8 @@ def errors_told() -> Iterable[tuple[str, str, str, str, str]]:
     """Of every error: status, code, type, whether SDKs ask again, and when it is."""
     told = dict(_TREE.findall(errors.__doc__ or ""))
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AsmodelError)]
-    kinds += [access.Unauthorized, exchange.BodyTimeout, routes.RouteNotFound, routes.MethodNotAllowed]
+    kinds += [access.Unauthorized, admission.Overloaded, exchange.BodyTimeout]
+    kinds += [routes.RouteNotFound, routes.MethodNotAllowed]
     kinds += [effects.EffectUnknown, effects.JournalUnusable, response_store.StoreUnavailable]
     kinds += [responses.PreviousResponseNotFound, responses.ResponseNotFound]
     rows: list[tuple[str, str, str, str, str]] = []
@@ -525,6 +529,7 @@ def errors_told() -> Iterable[tuple[str, str, str, str, str]]:
 _WHEN: Mapping[str, str] = {
     "AsmodelError": "asmodel itself failed; its log says where",
     "Unauthorized": "no key, or a wrong one",
+    "Overloaded": "more is being answered than `[limits] in_flight` and `in_flight_bytes` allow; with `retry-after`",
     "BodyTimeout": "the body has stopped coming",
     "RouteNotFound": "there is no such route",
     "MethodNotAllowed": "the route is asked with another method",

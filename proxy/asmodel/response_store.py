@@ -90,7 +90,7 @@ class ResponseStore:
     """
 
     def __init__(self, folder: Path, *, days: float, most_bytes: int, clock: Callable[[], float] = time.time) -> None:
-        self._folder = folder
+        self.folder = folder
         self._path = folder / FILE
         self._seconds = days * 86_400
         self._most_bytes = most_bytes
@@ -244,7 +244,7 @@ class ResponseStore:
         if self._connection is None and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + REOPEN_EVERY
             try:
-                _private(self._folder)
+                _private(self.folder)
                 self._connection = self._file.opened(self._damaged)
                 self._inode = self._file.inode()
                 self._damaged = 0

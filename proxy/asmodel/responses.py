@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from asmodel import response_events, response_wire, wire
 from asmodel.access import Access
+from asmodel.admission import Held, Room
 from asmodel.answering import Answering
 from asmodel.calls import Delta
 from asmodel.chat import Asking, Stream, asked_of, receipt, tokens
@@ -61,6 +62,8 @@ class Asked:
     store: ResponseStore | None
     """Where the response is to be kept; None where it is not."""
     scope: str
+    held: Held
+    """The room that it takes for what it goes on from; to be let go when it is over."""
 
     @property
     def model(self) -> str:
@@ -90,6 +93,7 @@ class Responses(Asking[Asked]):
         access: Access,
         *,
         store: ResponseStore | None,
+        room: Room,
         body_bytes: int = 20_000_000,
         messages: int = 2048,
         n: int = 16,
@@ -108,20 +112,27 @@ class Responses(Asking[Asked]):
             keep=keep,
         )
         self._store = store
+        self._room = room
 
     async def _read(self, exchange: Exchange, body: bytes) -> Asked:
         request = response_wire.read(body, items=self._messages)
         scope = exchange.caller.scope
-        before = await self._before(request.previous_response_id, scope)
-        items = await self._resolved(request.items, before, scope)
-        response_wire.too_many(len(before) + len(items), self._messages)
-        return Asked(
-            response=request,
-            chat=response_wire.chat_of(request, [*before, *items]),
-            items=items,
-            store=self._store if request.store is not False else None,
-            scope=scope,
-        )
+        held = Held(self._room)
+        try:
+            before = await self._before(request.previous_response_id, scope, held)
+            items = await self._resolved(request.items, before, scope, held)
+            response_wire.too_many(len(before) + len(items), self._messages)
+            return Asked(
+                response=request,
+                chat=response_wire.chat_of(request, [*before, *items]),
+                items=items,
+                store=self._store if request.store is not False else None,
+                scope=scope,
+                held=held,
+            )
+        except BaseException:
+            held.let_go()
+            raise
 
     async def _answer(self, exchange: Exchange, request: Asked, body: bytes) -> str:
         try:
@@ -131,6 +142,8 @@ class Responses(Asking[Asked]):
             if told is error:
                 raise
             raise told from error
+        finally:
+            request.held.let_go()
 
     def _asked(self, exchange: Exchange, request: Asked, model: Model, body: bytes) -> Question:
         asked = asked_of(exchange, request.chat, model, body)
@@ -152,8 +165,11 @@ class Responses(Asking[Asked]):
         chunks = self._chunks(exchange, answering.job, answering.id, answering.created)
         return _Events(exchange, answering, chunks, request, progress=progress)
 
-    async def _before(self, id: str | None, scope: str) -> list[Json]:
-        """The items of the conversation that a response ended. Raises PreviousResponseNotFound, StoreUnavailable."""
+    async def _before(self, id: str | None, scope: str, held: Held) -> list[Json]:
+        """The items of the conversation that a response ended.
+
+        Raises PreviousResponseNotFound, StoreUnavailable, Overloaded.
+        """
         if id is None:
             return []
         if self._store is None:
@@ -169,10 +185,13 @@ class Responses(Asking[Asked]):
                 "too old",
                 param="previous_response_id",
             )
-        return conversation(chain)
+        return conversation(chain, held)
 
-    async def _resolved(self, items: Sequence[Json], before: Sequence[Json], scope: str) -> list[Json]:
-        """The items, with those that are only named put in their places. Raises InvalidRequest."""
+    async def _resolved(self, items: Sequence[Json], before: Sequence[Json], scope: str, held: Held) -> list[Json]:
+        """The items, with those that are only named put in their places.
+
+        Raises InvalidRequest, StoreUnavailable, Overloaded.
+        """
         if all(item["type"] != "item_reference" for item in items):
             return list(items)
         known = {item["id"]: item for item in before}
@@ -182,7 +201,7 @@ class Responses(Asking[Asked]):
                 owner = response_wire.owner_of(item["id"])
                 if item["id"] not in known and owner is not None and self._store is not None:
                     kept = await self._store.get(scope, owner)
-                    known |= {i["id"]: i for i in ([] if kept is None else conversation([kept]))}
+                    known |= {i["id"]: i for i in ([] if kept is None else conversation([kept], held))}
                 if item["id"] not in known:
                     raise ResponseNotFound(
                         f"`input.{place}.id`: no such item is kept here; send the item itself",
@@ -193,8 +212,12 @@ class Responses(Asking[Asked]):
         return resolved
 
 
-def conversation(chain: Sequence[Kept]) -> list[Json]:
-    """The items of responses that go on from one another: of each what was asked, and what was answered."""
+def conversation(chain: Sequence[Kept], held: Held) -> list[Json]:
+    """The items of responses that go on from one another: of each what was asked, and what was answered.
+
+    Raises Overloaded where there is no room for them.
+    """
+    held.add(sum(len(kept.body) for kept in chain))
     items: list[Json] = []
     for kept in chain:
         body = orjson.loads(kept.body)
@@ -239,6 +262,8 @@ class _Events(Stream):
         super().__init__(exchange, answering, chunks, progress=progress)
         self._request = request
         self._draft = drafted(request, answering.id, answering.created)
+        self._rest = b""
+        """Events of the answer's end, which wait until it is kept."""
 
     def _roles(self) -> bytes:
         if self._began:
@@ -253,13 +278,13 @@ class _Events(Stream):
         return self._draft.line(line)
 
     def _failure(self, error: AsmodelError) -> bytes:
-        return self._draft.failed(response_wire.renamed(error), receipt_of(self._exchange, self._job, []))
+        return self._rest + self._draft.failed(response_wire.renamed(error), receipt_of(self._exchange, self._job, []))
 
     async def _ending(self, outcomes: list[Outcome]) -> bytes:
         (outcome,) = outcomes
-        rest = self._draft.end(outcome.answer, outcome.reply)
+        self._rest = self._draft.end(outcome.answer, outcome.reply)
         response = await finished(self._request, self._draft, self._exchange, self._job, outcome)
-        return rest + self._draft.closing(response)
+        return self._rest + self._draft.closing(response)
 
 
 class KeptRoute(Route):
@@ -275,28 +300,31 @@ class KeptRoute(Route):
 class KeptResponses:
     """`GET` and `DELETE /v1/responses/{id}`, and `GET /v1/responses/{id}/input_items`."""
 
-    def __init__(self, access: Access, store: ResponseStore | None, *, most: int, most_bytes: int) -> None:
+    def __init__(self, access: Access, store: ResponseStore | None, room: Room, *, most: int, most_bytes: int) -> None:
         self._access = access
         self._store = store
+        self._room = room
         self._most = most
         self._most_bytes = most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
         outcome = "ok"
+        held = Held(self._room)
         try:
             exchange.admit(self._access)
             asked = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-            body = await self._found(exchange, scope["path_params"]["id"], asked)
+            body = await self._found(exchange, scope["path_params"]["id"], asked, held)
         except AsmodelError as error:
             outcome = error.code or "error"
             await exchange.refuse(error)
         else:
             await exchange.respond(200, body)
         finally:
+            held.let_go()
             exchange.log(outcome)
 
-    async def _found(self, exchange: Exchange, id: str, asked: Mapping[str, list[str]]) -> Json:
+    async def _found(self, exchange: Exchange, id: str, asked: Mapping[str, list[str]], held: Held) -> Json:
         if self._store is None:
             raise ResponseNotFound("this server keeps no responses ([store] kind is off)")
         scope = exchange.caller.scope
@@ -311,8 +339,10 @@ class KeptResponses:
             chain = await self._store.chain(scope, id, most=self._most, most_bytes=self._most_bytes)
             if not chain:
                 raise missing
+            before = conversation(chain[:-1], held)
+            held.add(len(chain[-1].body))
             own: list[Json] = orjson.loads(chain[-1].body)["input"]
-            return page([*conversation(chain[:-1]), *own], asked)
+            return page([*before, *own], asked)
         streamed = _one(asked, "stream", "false").lower()
         if streamed == "true":
             raise Unsupported("`stream`: what is kept is whole; leave it out", param="stream")
@@ -321,6 +351,7 @@ class KeptResponses:
         kept = await self._store.get(scope, id)
         if kept is None:
             raise missing
+        held.add(len(kept.body))
         response: Json = orjson.loads(kept.body)["response"]
         return response
 

@@ -281,6 +281,8 @@ def _announce(settings: Settings, parts: Parts, sock: socket.socket) -> None:
         f"  upstreams  {upstreams}",
         f"  cache      {settings.cache.kind} {settings.cache.options.get('path', '')}".rstrip(),
     ]
+    if parts.responses is not None:
+        lines.append(f"  responses  {parts.responses.folder}")
     if settings.traces.local:
         lines.append("  traces     asmodel trace")
     for line in lines:

@@ -218,7 +218,7 @@ class LimitsSettings(RunLimits):
     in_flight_bytes: Whole = Field(
         default=268_435_456,
         ge=1,
-        description="Bytes of the bodies of those requests together. "
+        description="Bytes of the bodies of those requests together, and of the kept responses that they go on from. "
         "In memory a body takes about three times its size.",
     )
 

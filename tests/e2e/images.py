@@ -64,6 +64,34 @@ def debian(name: str, packages: Sequence[str]) -> Path:
     return folder
 
 
+def program(name: str, path: str, packages: Sequence[str]) -> Path:
+    """A program of Debian's packages that finds the libraries which this machine may not have.
+
+    `path` is where it would be installed. Raises EnvironmentUnavailable.
+    """
+    folder = debian(name, [*packages, *_libraries(name, packages)])
+    started = folder / f"start-{Path(path).name}"
+    if not started.exists():
+        partial = started.with_name(f".{os.getpid()}-{started.name}")
+        # Takes its place: the process is the program's own.
+        partial.write_text(
+            f"""#!/bin/sh
+here=$(dirname "$0")
+LD_LIBRARY_PATH="$here{LIBRARIES}:$here/lib/{Path(LIBRARIES).name}" exec "$here{path}" "$@"
+"""
+        )
+        partial.chmod(0o755)
+        partial.replace(started)
+    return started
+
+
+def _libraries(name: str, packages: Sequence[str]) -> list[str]:
+    """The packages of libraries that these want in this release, but for those that come with apt itself."""
+    told = _ran(["apt-cache", "depends", *packages], f"what {name} needs")
+    wanted = set(re.findall(r"^\s+Depends: (lib\S+|zlib1g)$", told, re.MULTILINE))
+    return sorted(wanted - {"libc6", "libsystemd0"} - set(packages))
+
+
 def _ran(
     command: Sequence[str], what: str, *, folder: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from tests.e2e.images import debian
+from tests.e2e.images import program
 from tests.redis_serving import free_port
 from tests.serving import PATIENCE, eventually, listens
 
@@ -77,8 +77,8 @@ class Nginx:
         return file.read_text(errors="replace") if file.exists() else ""
 
     def __enter__(self) -> Nginx:
-        program = debian("nginx", ["nginx", "libpcre2-8-0"]) / "usr/sbin/nginx"
-        command = [str(program), "-c", str(self._folder / "nginx.conf"), "-p", str(self._folder)]
+        nginx = program("nginx", "/usr/sbin/nginx", ["nginx"])
+        command = [str(nginx), "-c", str(self._folder / "nginx.conf"), "-p", str(self._folder)]
         with (self._folder / "output.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "-e", str(self._folder / "error.log")], stdin=subprocess.DEVNULL, stdout=log, stderr=log

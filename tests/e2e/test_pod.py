@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.e2e import stores
 from tests.e2e.images import BUILD_SECONDS, Given, Image, Pod, image, size
 from tests.e2e.kubernetes import ROOT, rendered
 from tests.e2e.nginx import Nginx
-from tests.redis_serving import free_port, installed_servers, running
+from tests.redis_serving import free_port, running
 from tests.serving import PATIENCE, eventually
 
 from asmodel.testing import ScriptedServer
@@ -306,8 +307,7 @@ def test_a_rolling_restart_under_load_loses_no_request_and_buys_no_step_twice(
 ) -> None:
     up.token_delay = 0.05
     up.delay = 0.3
-    program = installed_servers().get("redis") or installed_servers()["packaged-valkey"]
-    with running(program, tmp_path) as store:
+    with running(stores.program("redis"), tmp_path) as store:
         # Patient: on a machine that is busy with something else, a store that is late must not cost a purchase.
         shared = {"kind": "redis", "redis": {"url": store.url}, "options": {"timeout": 10}}
 

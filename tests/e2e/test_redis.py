@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from tests.e2e import images, stores
 from tests.leasing import LEASE_SECONDS, once
-from tests.redis_serving import Store, free_port, installed_servers, running
+from tests.redis_serving import Store, free_port, running
 from tests.serving import create, serving, upstream
 
 from asmodel.conformance import check_cache, opened
@@ -32,17 +33,15 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = Path(__file__).parent / "programs"
 
-SERVERS = installed_servers()
-
 TIMEOUT = 0.25
 
 SLACK = 0.5
 """What a busy machine may add to a bound."""
 
 
-@pytest.fixture(params=SERVERS or [pytest.param("none", marks=pytest.mark.skip("no Valkey and no Redis is installed"))])
+@pytest.fixture(params=stores.SERVERS)
 def program(request: pytest.FixtureRequest) -> str:
-    return SERVERS[request.param]
+    return stores.program(request.param)
 
 
 @pytest.fixture
@@ -288,41 +287,34 @@ def test_no_request_fails_because_the_store_does(
 # ---- with TLS ----
 
 
-def openssl(*arguments: str, folder: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=30)
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make certificates with")
+    openssl = shutil.which("openssl") or str(images.program("openssl", "/usr/bin/openssl", ["openssl"]))
     folder = tmp_path_factory.mktemp("certificates")
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-x509", "-days", "1")
+    (folder / "request.cnf").write_text("[req]\ndistinguished_name = name\n[name]\n")
+    new = [openssl, "req", "-config", "request.cnf", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    new += ["-nodes", "-x509", "-days", "1", "-addext", "subjectAltName=IP:127.0.0.1"]
     for name in ("server", "stranger"):
-        names = ("-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1")
-        openssl("req", *key, *names, "-keyout", f"{name}.key", "-out", f"{name}.pem", folder=folder)
+        command = [*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=30)
     return folder
 
 
+@pytest.mark.parametrize("name", stores.WITH_TLS)
 async def test_over_tls_to_the_server_that_it_trusts_and_no_other(
-    program: str, certificates: Path, tmp_path: Path
+    name: str, certificates: Path, tmp_path: Path
 ) -> None:
     port = free_port()
     tls = ["--tls-port", str(port), "--tls-cert-file", str(certificates / "server.pem")]
     tls += ["--tls-key-file", str(certificates / "server.key"), "--tls-auth-clients", "no"]
-    try:
-        with running(program, tmp_path, tls):
-            at = f"rediss://127.0.0.1:{port}/0"
-            trusted, other = (f"{at}?ssl_ca_certs={certificates / name}.pem" for name in ("server", "stranger"))
-            await check_cache(lambda: RedisCache(trusted, timeout=2), durable=True)
-            async with opened(cache := RedisCache(other)):
-                await cache.set("k", b"x")
-                assert await cache.get("k") is None
-                assert cache.troubles.unstored == 1
-    except RuntimeError as error:
-        if "tls" in str(error).lower():
-            pytest.skip("this server was built without TLS")
-        raise
+    with running(await asyncio.to_thread(stores.program, name), tmp_path, tls):
+        at = f"rediss://127.0.0.1:{port}/0"
+        trusted, other = (f"{at}?ssl_ca_certs={certificates / end}.pem" for end in ("server", "stranger"))
+        await check_cache(lambda: RedisCache(trusted, timeout=2), durable=True)
+        async with opened(cache := RedisCache(other)):
+            await cache.set("k", b"x")
+            assert await cache.get("k") is None
+            assert cache.troubles.unstored == 1
 
 
 # ---- many as one ----
@@ -363,10 +355,11 @@ async def test_a_cluster_is_one_store_and_goes_on_when_a_replica_takes_over(prog
         await until(replicated)
         url = "redis+cluster://" + ",".join(f"127.0.0.1:{store.port}" for store in stores[:2])
         await check_cache(lambda: RedisCache(url, timeout=2), durable=True)
+        keys = [f"k{n}" for n in range(300)]
+        async with opened(filling := RedisCache(url, timeout=10)):
+            await filling.clear()
+            await asyncio.gather(*(filling.set(key, b"x", tag="t") for key in keys))
         async with opened(cache := RedisCache(url, timeout=TIMEOUT)):
-            await cache.clear()
-            keys = [f"k{n}" for n in range(300)]
-            await asyncio.gather(*(cache.set(key, b"x", tag="t") for key in keys))
             sizes = [store.tell("DBSIZE") for store in stores[:3]]
             assert min(sizes) > 50
             assert (await cache.stats())["entries"] == 300

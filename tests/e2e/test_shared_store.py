@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.redis_serving import Store, installed_servers, running
+from tests.e2e import stores
+from tests.redis_serving import Store, running
 from tests.serving import Answered, Server, create, eventually, serving, upstream
 
 from asmodel.testing import Fault, Received, ScriptedServer
 from asmodel_plugins.disk_cache import DiskCache
 
 pytestmark = pytest.mark.e2e
-
-SERVERS = installed_servers()
 
 KIND = "asmodel_plugins.redis_cache:RedisCache"
 
@@ -116,9 +115,9 @@ def up() -> Iterator[Upstream]:
         yield server
 
 
-@pytest.fixture(params=SERVERS or [pytest.param("none", marks=pytest.mark.skip("no Valkey and no Redis is installed"))])
+@pytest.fixture(params=stores.SERVERS)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Store]:
-    with running(SERVERS[request.param], tmp_path) as made:
+    with running(stores.program(request.param), tmp_path) as made:
         yield made
 
 

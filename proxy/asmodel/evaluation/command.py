@@ -50,6 +50,7 @@ class Wanted:
     skip: int = 0
     seed: int | None = None
     exclude: Sequence[Path] = ()
+    repeats: int = 1
     at_once: int = 4
     only_cached: bool = False
     strict: bool = False
@@ -102,6 +103,7 @@ def run(settings: Settings, wanted: Wanted, *, json: Path | None = None, html: P
         systems=found,
         scorers=chosen,
         seed=wanted.seed or 0,
+        repeats=wanted.repeats,
         at_once=wanted.at_once,
         all_pairs=wanted.all_pairs,
         not_given=missing,
@@ -166,12 +168,13 @@ async def _evaluated(
                 raise ConfigurationError(f'system "{system.name}": {error}') from error
             except AsmodelError:
                 continue  # An upstream that is down now: its questions tell of it, and may find it up.
-        with Watching(len(found) * len(chosen)) as watching:
+        with Watching(len(found) * len(chosen) * wanted.repeats) as watching:
             return await evaluate(
                 asker,
                 found,
                 chosen,
                 list(measures),
+                repeats=wanted.repeats,
                 at_once=wanted.at_once,
                 strict=wanted.strict,
                 on_result=watching.told,

@@ -72,6 +72,12 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation of what was drawn several times, without bias in its square. At least two values."""
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
 def percentile(ordered: Sequence[float], share: float) -> float:
     """Of values in ascending order, with linear interpolation between two (Hyndman and Fan 1996, type 7)."""
     place = share * (len(ordered) - 1)

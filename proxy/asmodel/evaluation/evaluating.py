@@ -7,6 +7,7 @@ asking all of it again, and one that is done can be repeated without buying anyt
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +42,12 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One system and one question."""
+    """One system and one question, asked once."""
 
     system: str
     example: Example
+    draw: int
+    """Which of its answers to the question it is; what it samples is drawn anew in each."""
     ending: Ending
     answer: Answer | None
     error: AsmodelError | None
@@ -72,7 +75,7 @@ class Evaluated:
     """What came of it; of an interrupted one, as far as it came."""
 
     results: list[Result] = field(default_factory=list[Result])
-    """By question, and by system within one."""
+    """By question, by system within one, and by draw within that."""
     judged: dict[str, Judged] = field(default_factory=dict[str, Judged])
     seconds: float = 0.0
     interrupted: bool = False
@@ -89,14 +92,15 @@ class Asker:
         parts.models.witness = self._ledger
         self.judged: dict[str, Judged] = {}
 
-    async def ask(self, system: System, example: Example) -> Result:
-        """One question. Raises nothing but what ends the evaluation."""
+    async def ask(self, system: System, example: Example, draw: int = 0) -> Result:
+        """One question, as the choice `draw` of a request. Raises nothing but what ends the evaluation."""
         messages, params = system.messages_for(example), system.params_for(example)
         asked = replace(self._asked(system, messages, params), documents=example.documents)
-        run = await self._run(system, asked)
+        run = await self._run(system, asked, draw)
         return Result(
             system=system.name,
             example=example,
+            draw=draw,
             ending=run.ending,
             answer=run.answer,
             error=run.error,
@@ -139,14 +143,14 @@ class Asker:
             params = model.program.read_params({**model.params, **asked.params})
         return Job(id=f"run_{secrets.token_hex(8)}", model=model, asked=asked, budget=Budget(), params=params)
 
-    async def _run(self, system: System, asked: Asked) -> _Ran:
+    async def _run(self, system: System, asked: Asked, draw: int = 0) -> _Ran:
         service, began = self._parts.service, time.monotonic()
         ran = _Ran()
         try:
             job = await self._job(system, asked)
             ran.id, ran.budget, ran.account = job.id, job.budget, self._ledger.open(job.id)
             try:
-                outcome = await service.answer(job, 0)
+                outcome = await service.answer(job, draw)
             finally:
                 self._ledger.close(job.id)
             ran.answer = outcome.answer
@@ -188,30 +192,34 @@ async def evaluate(
     examples: Sequence[Example],
     scorers: Sequence[Scorer],
     *,
+    repeats: int = 1,
     at_once: int = 4,
     strict: bool = False,
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> Evaluated:
     """Ask `at_once` questions at a time, question by question, so that what an interruption leaves can be compared.
 
+    Each is asked `repeats` times.
+
     Where the task is cancelled, what is under way is given up, and what is done is given. With `strict`, the first
     error raises Stopped. Raises ConfigurationError where the data is not of a scorer's kind.
     """
     evaluated = Evaluated(judged=asker.judged)
     began = time.monotonic()
-    work = iter([(e, s) for e in range(len(examples)) for s in range(len(systems))])
-    done: dict[tuple[int, int], Result] = {}
+    places = list(itertools.product(range(len(examples)), range(len(systems)), range(repeats)))
+    work = iter(places)
+    done: dict[tuple[int, int, int], Result] = {}
 
-    async def worker(work: Iterator[tuple[int, int]]) -> None:
-        for e, s in work:
-            result = await asker.ask(systems[s], examples[e])
+    async def worker(work: Iterator[tuple[int, int, int]]) -> None:
+        for e, s, draw in work:
+            result = await asker.ask(systems[s], examples[e], draw)
             result = replace(result, scores=await _scores(result, scorers))
-            done[e, s] = result
+            done[e, s, draw] = result
             if strict and result.error is not None:
                 raise Stopped(f'{systems[s].name}, question "{examples[e].id}": {result.error}')
             on_result(result)
 
-    workers = [asyncio.create_task(worker(work)) for _ in range(min(at_once, len(examples) * len(systems)))]
+    workers = [asyncio.create_task(worker(work)) for _ in range(min(at_once, len(places)))]
     try:
         # The first of them to fail ends the others.
         await asyncio.gather(*workers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -236,15 +237,29 @@ def _questions(report: Report) -> Iterator[str]:
 
 
 def differs(example: Asked) -> bool:
-    """Whether any scorer tells two of its answers apart."""
-    scores = [answer.scores for answer in example.answers if answer.scores]
-    return any(len({s[name] for s in scores if s.get(name) is not None}) > 1 for name in (scores[0] if scores else ()))
+    """Whether any scorer tells two systems apart by their answers to it."""
+    names = dict.fromkeys(name for answer in example.answers for name in answer.scores)
+    systems = _by_system(example).values()
+    return any(len({m for own in systems if (m := _mean(own, name)) is not None}) > 1 for name in names)
+
+
+def _by_system(example: Asked) -> dict[str, list[Answered]]:
+    found: dict[str, list[Answered]] = {}
+    for answer in example.answers:
+        found.setdefault(answer.system, []).append(answer)
+    return found
+
+
+def _mean(answers: Sequence[Answered], scorer: str) -> float | None:
+    """Over the draws of one system; None where none has a score."""
+    values = [value for answer in answers if (value := answer.scores.get(scorer)) is not None]
+    return math.fsum(values) / len(values) if values else None
 
 
 def _question(example: Asked, report: Report, *, drawn: bool) -> Iterator[str]:
     failed = any(a.ending != "answered" for a in example.answers)
     first = report.scorers[0]
-    marks = "".join(_mark(answer.system, answer, first) for answer in example.answers)
+    marks = "".join(_mark(system, answers, first) for system, answers in _by_system(example).items())
     yield f'<details class="card" data-differ="{int(differs(example))}" data-failed="{int(failed)}">'
     yield f'<summary><span class="q">{_text(" ".join(example.question.split())[:300])}</span>'
     yield f'<span class="marks">{marks}</span></summary><div class="body">'
@@ -253,7 +268,7 @@ def _question(example: Asked, report: Report, *, drawn: bool) -> Iterator[str]:
     for value, names in _references(example):
         yield f'<p class="sub">right, by {_text(names)}: {_text(_short(value))}</p>'
     for answer in example.answers:
-        yield from _run(answer, drawn=drawn)
+        yield from _run(answer, drawn=drawn, several=report.repeats > 1)
     yield "</div></details>"
 
 
@@ -269,10 +284,11 @@ def _short(text: str) -> str:
     return text if len(text) <= 400 else text[:399] + "…"
 
 
-def _mark(name: str, answer: Answered, scorer: str) -> str:
-    if answer.ending != "answered":
-        return f'<span class="mark warn">{_text(name)} {_text(answer.ending.replace("_", " "))}</span>'
-    value = answer.scores.get(scorer)
+def _mark(name: str, answers: Sequence[Answered], scorer: str) -> str:
+    endings = dict.fromkeys(answer.ending for answer in answers if answer.ending != "answered")
+    if endings:
+        return f'<span class="mark warn">{_text(name)} {_text(", ".join(endings).replace("_", " "))}</span>'
+    value = _mean(answers, scorer)
     if value is None:
         return f'<span class="mark dim">{_text(name)} {table.NONE}</span>'
     style = "good" if value == 1 else "bad" if value == 0 else "warn"
@@ -280,14 +296,15 @@ def _mark(name: str, answer: Answered, scorer: str) -> str:
     return f'<span class="mark {style}">{_text(name)} {shown}</span>'
 
 
-def _run(answer: Answered, *, drawn: bool) -> Iterator[str]:
+def _run(answer: Answered, *, drawn: bool, several: bool) -> Iterator[str]:
     scores = ", ".join(
         f"{name} {table.NONE if value is None else f'{value:g}'}" for name, value in answer.scores.items()
     )
     facts = [words.plural(answer.calls, "call"), words.seconds(answer.seconds)]
     facts += [f"{answer.prompt_tokens:,} + {answer.completion_tokens:,} tokens", table.cost(answer.cost)]
     facts.append(f"{answer.bought} bought now" if answer.bought else "from the cache")
-    yield f'<div class="run"><div class="top"><b>{_text(answer.system)}</b><span class="dim">{_text(scores)}</span>'
+    name = f"{answer.system}, draw {answer.draw + 1}" if several else answer.system
+    yield f'<div class="run"><div class="top"><b>{_text(name)}</b><span class="dim">{_text(scores)}</span>'
     yield f'<span class="dim">{_text(" · ".join(facts))}</span></div>'
     if answer.error is not None:
         yield f'<p class="bad">{_text(answer.error)}</p>'

@@ -51,21 +51,34 @@ class Drawn(_Value):
 
 
 class Score(_Value):
-    """A mean over `n` questions, with its 95 % interval: Wilson's for a proportion, else bootstrap; None if n is 0."""
+    """A mean over `n` questions, of each of which it is the mean over its draws; None if n is 0.
+
+    The 95 % interval is over questions: Wilson's for a proportion, else bootstrap. The latter is taken for a proportion
+    too, where draws of one question differ.
+    """
 
     kind: Kind
     n: int
     value: float | None
     low: float | None
     high: float | None
+    draws: list[float]
+    """The score of each draw alone: the first answers to all questions, the second ones, and so on."""
+    spread: float | None
+    """Their standard deviation: how far another draw would be off. None where there is but one."""
+    answers: int
+    """That have a score, all draws together."""
     untold: int
-    """Questions that were answered and could not be scored."""
+    """Answers that could not be scored."""
     unread: dict[str, int]
     """Answers that are not of the kind that was asked for, and count as wrong, by what they are."""
 
 
 class Takes(_Value):
-    """What is taken; tokens and calls in all, `cost` in US dollars or None where any price is unknown."""
+    """What is taken; tokens and calls in all, `cost` in US dollars or None where any price is unknown.
+
+    Of a question that was asked several times, each time counts as a question.
+    """
 
     questions: int
     steps: int
@@ -109,9 +122,12 @@ class SystemFigures(_Value):
     """Of the program's source."""
     not_given: list[str]
     """Parameters for all that this one has not, and so was not given."""
+    questions: int
+    """That were asked and are counted, each once."""
     answered: int
     errors: int
     not_cached: int
+    """Answers, of which there are as many to a question as it was asked times."""
     scores: dict[str, Score]
     takes: Takes
     latency: Latency | None
@@ -119,7 +135,10 @@ class SystemFigures(_Value):
 
 
 class Comparison(_Value):
-    """One system against another, question by question, over those that both have a score for."""
+    """One system against another, question by question, over those that both have a score for.
+
+    Of a question that was asked several times, it is the means over its draws that are compared.
+    """
 
     scorer: str
     system: str
@@ -129,14 +148,14 @@ class Comparison(_Value):
     lost: int
     alike: int
     both: int | None
-    """Both right, for a proportion; `neither` are both wrong."""
+    """Both right, in all draws, for a proportion; `neither` are both wrong."""
     neither: int | None
     difference: float
     low: float
     high: float
     """Of the difference: 95 % by a paired bootstrap."""
     p: float | None
-    """Exact McNemar, two-sided; None for a mean."""
+    """Exact McNemar, which is a sign test on the questions that differ, two-sided; None for a mean."""
     p_holm: float | None
     """The same, adjusted for all comparisons by this scorer."""
     remark: str | None
@@ -167,6 +186,8 @@ class Answered(_Value):
     """One system's answer to one question."""
 
     system: str
+    draw: int
+    """From 0; which it is of its answers to that question."""
     ending: Literal["answered", "error", "not_cached"]
     text: str | None
     data: Any
@@ -207,6 +228,8 @@ class Report(_Value):
     data: Drawn
     seed: int
     """Of the bootstraps."""
+    repeats: int
+    """How often each system was asked each question."""
     at_once: int
     seconds: float
     """Of wall time, for all of it."""
@@ -230,6 +253,7 @@ def report(
     scorers: Sequence[Scorer],
     seed: int,
     at_once: int,
+    repeats: int = 1,
     all_pairs: bool = False,
     not_given: Mapping[str, Sequence[str]] | None = None,
 ) -> Report:
@@ -250,6 +274,7 @@ def report(
             asked=len(sample.examples),
         ),
         seed=seed,
+        repeats=repeats,
         at_once=at_once,
         seconds=evaluated.seconds,
         interrupted=evaluated.interrupted,
@@ -296,6 +321,7 @@ def _figures(
         prompt=system.prompt,
         digest=None if program is None else program.digest,
         not_given=not_given,
+        questions=len({r.example.id for r in asked}),
         answered=len(answered),
         errors=len(asked) - len(answered),
         not_cached=len(results) - len(asked),
@@ -303,7 +329,7 @@ def _figures(
         takes=_takes([r.taken for r in asked]),
         latency=Latency(
             n=len(waited),
-            mean=math.fsum(waited) / len(waited),
+            mean=_mean(waited),
             p50=estimates.percentile(waited, 0.5),
             p90=estimates.percentile(waited, 0.9),
             p99=estimates.percentile(waited, 0.99),
@@ -317,18 +343,42 @@ def _figures(
 def _score(kind: Kind, name: str, results: Sequence[Result], seed: int) -> Score:
     scored = [r.scores[name] for r in results]
     values = [s.value for s in scored if s.value is not None]
-    untold = len(scored) - len(values)
-    if not values:
-        return Score(kind=kind, n=0, value=None, low=None, high=None, untold=untold, unread={})
-    found = (
-        estimates.wilson(sum(v == 1.0 for v in values), len(values))
-        if kind == "proportion"
-        else estimates.bootstrap(values, seed=seed)
-    )
-    unread = Counter(s.trouble for s in scored if s.value is not None and s.trouble is not None)
+    means = list(_by_question(results, name).values())
+    found: estimates.Interval | None = None
+    if kind == "proportion" and means and set(means) <= {0.0, 1.0}:
+        found = estimates.wilson(sum(mean == 1.0 for mean in means), len(means))
+    elif means:
+        found = estimates.bootstrap(means, seed=seed)
+    by_draw: dict[int, list[float]] = {}
+    for r in results:
+        if (value := r.scores[name].value) is not None:
+            by_draw.setdefault(r.draw, []).append(value)
+    draws = [_mean(by_draw[draw]) for draw in sorted(by_draw)]
     return Score(
-        kind=kind, n=len(values), value=found.value, low=found.low, high=found.high, untold=untold, unread=dict(unread)
+        kind=kind,
+        n=len(means),
+        value=None if found is None else found.value,
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
+        draws=draws,
+        spread=estimates.spread(draws) if len(draws) > 1 else None,
+        answers=len(values),
+        untold=len(scored) - len(values),
+        unread=dict(Counter(s.trouble for s in scored if s.value is not None and s.trouble is not None)),
     )
+
+
+def _by_question(results: Sequence[Result], scorer: str) -> dict[str, float]:
+    """Of each question that has a score, its mean over the draws."""
+    values: dict[str, list[float]] = {}
+    for r in results:
+        if (scored := r.scores.get(scorer)) and scored.value is not None:
+            values.setdefault(r.example.id, []).append(scored.value)
+    return {id: _mean(own) for id, own in values.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _comparisons(
@@ -339,10 +389,7 @@ def _comparisons(
     all_pairs: bool,
     seed: int,
 ) -> list[Comparison]:
-    values = {
-        name: {r.example.id: s.value for r in results if (s := r.scores.get(scorer)) and s.value is not None}
-        for name, results in by_system.items()
-    }
+    values = {name: _by_question(results, scorer) for name, results in by_system.items()}
     names = list(values)
     pairs = (
         [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
@@ -454,6 +501,7 @@ def _answered(result: Result) -> Answered:
     first = min((entry.bought_at for entry in entries), default=0.0)
     return Answered(
         system=result.system,
+        draw=result.draw,
         ending=result.ending,
         text=None if answer is None else answer.text,
         data=None if answer is None else answer.data,

@@ -57,6 +57,8 @@ def heading(report: Report) -> str:
         which += f" after the first {data.skipped}"
     if data.excluded:
         which += f", without {data.excluded} that are excluded"
+    if report.repeats > 1:
+        which += f", each asked {report.repeats} times"
     return which
 
 
@@ -79,15 +81,15 @@ def cost(dollars: float | None) -> str:
 
 def scores(report: Report, scorers: Sequence[str]) -> list[Sequence[str]]:
     """How right each system is, by each of these scorers."""
-    head = ["system", "n"]
+    head, several = ["system", "n"], report.repeats > 1
     for name in scorers:
-        head += [named(report, name), "95 %"]
+        head += [named(report, name), "95 %", *["spread"] * several]
     rows: list[Sequence[str]] = [[*head, "errors"]]
     for system in report.systems:
-        row = [words.clean(system.name), str(system.answered + system.errors)]
+        row = [words.clean(system.name), str(system.questions)]
         for name in scorers:
             score = system.scores[name]
-            row += [figure(score.value, score.kind), interval(score)]
+            row += [figure(score.value, score.kind), interval(score), *[figure(score.spread, score.kind)] * several]
         rows.append([*row, str(system.errors)])
     return rows
 
@@ -199,7 +201,9 @@ def _always_the_same(report: Report, scorer: str) -> Iterator[str]:
             for answered in asked.answers
             if answered.system == system.name and answered.scores.get(scorer) == 1.0
         )
-        told = ", ".join(f"{hits[answer]} of {count} {words.clean(answer or '')}" for answer, count in counts)
+        told = ", ".join(
+            f"{hits[answer]} of {count * report.repeats} {words.clean(answer or '')}" for answer, count in counts
+        )
         yield f"note: {words.clean(system.name)}: right in {told}"
 
 
@@ -222,10 +226,13 @@ def notes(report: Report) -> Iterator[str]:
     for system in report.systems:
         name = words.clean(system.name)
         if system.not_cached:
-            yield f"note: {name}: {words.plural(system.not_cached, 'question')} not in the cache, and not counted"
+            what = "question" if report.repeats == 1 else "answer"
+            yield f"note: {name}: {words.plural(system.not_cached, what)} not in the cache, and not counted"
+        if report.repeats > 1 and system.answered and not _varies(report, system):
+            yield f"note: {name}: the same answer each time: nothing in it is sampled, or what is does not differ"
         for scorer, score in system.scores.items():
             for why, count in score.unread.items():
-                wrong = f"{count} of {score.n} wrong by {words.clean(scorer)}"
+                wrong = f"{count} of {score.answers} wrong by {words.clean(scorer)}"
                 yield f"note: {name}: {wrong} because the answer {words.clean(why)}"
             if score.untold:
                 yield (
@@ -233,6 +240,11 @@ def notes(report: Report) -> Iterator[str]:
                     + (_trouble(report, system, scorer))
                 )
     yield from _errors(report)
+
+
+def _varies(report: Report, system: SystemFigures) -> bool:
+    """Whether any question has answers that differ."""
+    return any(len({a.text for a in asked.answers if a.system == system.name}) > 1 for asked in report.examples)
 
 
 def _trouble(report: Report, system: SystemFigures, scorer: str) -> str:
