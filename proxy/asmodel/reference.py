@@ -367,6 +367,26 @@ A streamed conversation with a tool call comes to its answer, by `plain` and by 
 official SDKs of OpenAI for Python (2 and 3) and Node, LangChain's `ChatOpenAI`, pydantic-ai, the OpenAI Agents SDK
 (`OpenAIChatCompletionsModel`), litellm's SDK, the `llm` command, and the Vercel AI SDK (`@ai-sdk/openai-compatible`,
 and `@ai-sdk/openai` by `.chat(…)`).
+
+## Open WebUI
+
+Programs are models of Open WebUI (0.12.4) by four variables of its environment. It reads them when it starts for the
+first time; afterwards the same stands in its admin settings.
+
+{_table(("variable", "value", "what for"), _OPEN_WEBUI)}
+
+The first two are enough for upstreams and for programs that support `tools`, such as `plain`. The last is for all
+models; those that are to have the tools get them back by a capability of the model, "Builtin Tools", in its admin
+settings.
+
+What a program is at is read under "Thinking…" while it works, and stays there above its answer:
+
+![Steps that are counted while they are done, under Thinking…, and no answer yet](images/open-webui-progress.png)
+
+![The answer below them, with a title and a suggestion that an upstream has made](images/open-webui-answer.png)
+
+Stopping ends the run and its calls. The lines of progress are no part of the conversation that the next question is
+asked with.
 """)
 
 
@@ -559,6 +579,23 @@ _SUITES: Sequence[tuple[str, str, str]] = (
     ("CompatCanary 0.2.2, `chat`", "5 of 5", ""),
 )
 """What tests/e2e/test_compliance.py asserts."""
+
+_OPEN_WEBUI: Sequence[tuple[str, str, str]] = (
+    ("`OPENAI_API_BASE_URLS`", "`http://127.0.0.1:8000/v1`", "whom it asks"),
+    ("`OPENAI_API_KEYS`", "`unused`", "where the settings have `[keys]`, one of them"),
+    (
+        "`TASK_MODEL_EXTERNAL`",
+        "`default`",
+        "the upstream, by its name, that gives a chat its title, its tags, and what might be asked next; without it "
+        "these are asked of the chat's own model, and a program runs three times more",
+    ),
+    (
+        "`DEFAULT_MODEL_METADATA`",
+        '`{"capabilities": {"builtin_tools": false}}`',
+        "it sends tools of its own with every question otherwise, and programs that support none refuse them",
+    ),
+)
+"""What tests/e2e/test_open_webui.py starts it with."""
 
 
 if __name__ == "__main__":

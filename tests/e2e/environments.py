@@ -37,6 +37,9 @@ FRAMEWORKS = {
 """What people write their applications with, each by itself."""
 SCHEMATHESIS = ("python-schemathesis", "schemathesis>=4.32,<5")
 LLM_COMPLY = ("python-llm-comply", "llm-comply==0.5.0")
+OPEN_WEBUI = ("python-open-webui", "open-webui==0.12.4")
+OPEN_WEBUI_NEEDS = "requirements-slim.txt"
+"""What it needs where models are asked elsewhere, as it says itself; libraries for models of its own are gigabytes."""
 NODE = "^22"
 """The oldest that the SDK's current major version takes."""
 NODE_PACKAGES = {"openai": "^7", "zod": "^4"}
@@ -78,26 +81,59 @@ class Environment:
         return here
 
 
-def python(name: str, *requirements: str) -> Environment:
-    """A virtual environment with the packages, of the Python that runs this. Raises EnvironmentUnavailable."""
+def python(name: str, *requirements: str, needs: str = "", of: str = sys.executable) -> Environment:
+    """A virtual environment with the packages, of the Python that runs this. Raises EnvironmentUnavailable.
+
+    `needs` is a file of requirements that the packages bring: what it lists is installed in place of all they ask for.
+    `of` is another Python, as `a_python` gives it.
+    """
 
     def build(folder: Path) -> dict[str, str]:
         interpreter = folder / "bin" / "python"
         uv = _uv()
         if uv is not None:
-            _run([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(folder)], name)
-            _run([uv, "pip", "install", "--quiet", "--python", str(interpreter), *requirements], name)
-            listed = _run([uv, "pip", "list", "--quiet", "--format=json", "--python", str(interpreter)], name)
+            _run([uv, "venv", "--quiet", "--no-project", "--python", of, str(folder)], name)
+            install = [uv, "pip", "install", "--quiet", "--python", str(interpreter)]
+            names = [uv, "pip", "list", "--quiet", "--format=json", "--python", str(interpreter)]
         else:
-            _run([sys.executable, "-m", "venv", str(folder)], name)
+            _run([of, "-m", "venv", str(folder)], name)
             pip = [str(interpreter), "-m", "pip", "--disable-pip-version-check"]
-            _run([*pip, "install", "--quiet", "--no-input", *requirements], name)
-            listed = _run([*pip, "list", "--format=json"], name)
-        found: list[dict[str, str]] = json.loads(listed)
+            install = [*pip, "install", "--quiet", "--no-input"]
+            names = [*pip, "list", "--format=json"]
+        if needs:
+            _run([*install, "--no-deps", *requirements], name)
+            (file,) = folder.glob(f"lib/python*/site-packages/{needs}")
+            _run([*install, "--requirement", str(file)], name)
+        else:
+            _run([*install, *requirements], name)
+        found: list[dict[str, str]] = json.loads(_run(names, name))
         return {package["name"]: package["version"] for package in found}
 
-    folder = _made(name, [*requirements, sys.version, sys.executable], build)
+    folder = _made(name, [*requirements, *([needs] if needs else []), sys.version, of], build)
     return Environment(folder / "bin" / "python", folder)
+
+
+def a_python(*versions: str) -> str:
+    """One of the versions: this if it is, else one on the path, else uv's. Raises EnvironmentUnavailable."""
+    if f"{sys.version_info.major}.{sys.version_info.minor}" in versions:
+        return sys.executable
+    for version in versions:
+        found = shutil.which(f"python{version}")
+        if found is None:
+            continue
+        try:
+            return _run([found, "-c", "import ensurepip, sys, venv; print(sys.executable)"], found).strip()
+        except EnvironmentUnavailable:
+            # A name that leads to none, or a Python without these.
+            continue
+    if _uv() is None:
+        raise EnvironmentUnavailable(f"none of Python {', '.join(versions)} is on the path, nor uv, which brings one")
+    return versions[0]
+
+
+def open_webui() -> Environment:
+    """Open WebUI, which takes no Python that is newer. Raises EnvironmentUnavailable."""
+    return python(*OPEN_WEBUI, needs=OPEN_WEBUI_NEEDS, of=a_python("3.12", "3.11"))
 
 
 def node(name: str = "node", packages: Mapping[str, str] = NODE_PACKAGES) -> Environment:
@@ -225,6 +261,7 @@ def main() -> None:
     every = (OPENAI_2, OPENAI_3, *FRAMEWORKS.values(), SCHEMATHESIS, LLM_COMPLY)
     for made in (
         *(python(*wanted) for wanted in every),
+        open_webui(),
         node(),
         node("node-ai", AI_PACKAGES),
         node("node-compatcanary", COMPATCANARY),
