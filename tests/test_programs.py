@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import asmodel_programs
-from asmodel import Answer, Citation, Document, InvalidRequest, Message, ToolCall, canonical_json, tracing
+from asmodel import Answer, Citation, Document, InvalidRequest, Message, StepError, ToolCall, canonical_json, tracing
 from asmodel.calls import Call, Chat, Delta, Reply, Score, key
 from asmodel.testing import FunctionUpstream, run_program
 from asmodel_plugins.memory_cache import MemoryCache
@@ -29,7 +29,7 @@ from asmodel_programs.self_consistency import ASK, final_answer, normalised, sel
 FILES = sorted(p for p in Path(asmodel_programs.__file__).parent.glob("*.py") if p.name != "__init__.py")
 
 
-LONGEST = {"evidence_qa": 440, "selection_inference": 100, "summary": 130}
+LONGEST = {"evidence_qa": 440, "selection_inference": 100, "self_consistency": 100, "summary": 130}
 """Lines of a file; of the others, 85: a page of their paper. These are read in one sitting all the same."""
 
 
@@ -366,6 +366,16 @@ async def test_samples_of_json_are_drawn_as_the_client_asks_and_equal_values_agr
         assert isinstance(call, Chat)
         assert call.messages == (Message("user", "q"),)
         assert call.params == {"temperature": 0.7, **shape}
+
+
+async def test_a_sample_that_cannot_be_read_is_no_vote_and_only_where_none_can_is_it_an_error() -> None:
+    fits, other = Reply(text='{"n": 1}'), Reply(text="one")
+    answer = await voted(other, fits, other, response_format=JSON_OBJECT)
+    assert answer == Answer(text='{"n": 1}', data={"tally": {'{"n":1}': 1}})
+    with pytest.raises(StepError, match="sample"):
+        await voted(other, other, response_format=JSON_OBJECT)
+    with pytest.raises(StepError, match="thought"):
+        await voted(Reply(text=""), Reply(text=" "))
 
 
 async def test_a_sample_of_json_that_was_cut_off_is_a_vote_for_itself() -> None:

@@ -3,7 +3,8 @@
 Source: Wang, Wei, Schuurmans, Le, Chi, Narang, Chowdhery, Zhou, "Self-Consistency Improves Chain of Thought Reasoning
 in Language Models", arXiv 2203.11171 (2022). As there, the reasoning paths are marginalised out by a plain majority.
 Where the client offers tools, a sample may call some, and those that make the same calls agree. Where it asks for JSON,
-each sample is that JSON (and thinks first only if the schema has a place for it), and those of equal values agree.
+each sample is that JSON (and thinks first only if the schema has a place for it), and those of equal values agree. A
+sample that cannot be read is no vote.
 """
 
 import re
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from asmodel import Answer, Message, Reply, Run, canonical_json, gather, program, step
+from asmodel import Answer, Message, Reply, Run, StepError, canonical_json, gather, program, step
 
 ASK = (
     "Think it through step by step. Then give the final answer, as short as it can be, on a last line of its own that "
@@ -73,11 +74,22 @@ def thought(messages: Sequence[Message]) -> Sequence[Message]:
 async def self_consistency(run: Run[Params]) -> Answer:
     """Draw several chains of thought and return the answer that most of them agree on."""
     draw = (sample if run.wants_json else thought).using(temperature=run.params.temperature)
+
+    async def drawn() -> Reply | StepError:
+        try:
+            return await run.draft(draw, run.messages)
+        except StepError as error:
+            return error
+
     with run.part("votes", of=run.params.samples):
-        drafts = await gather(run.draft(draw, run.messages) for _ in range(run.params.samples))
+        replies = await gather(drawn() for _ in range(run.params.samples))
+    drafts = [reply for reply in replies if isinstance(reply, Reply)]
+    spoilt = [reply for reply in replies if isinstance(reply, StepError)]
+    if not drafts:
+        raise spoilt[0]
     votes = [vote(draft, as_json=run.wants_json) for draft in drafts]
     tally = Counter(votes).most_common()  # of as many votes, the first comes first
-    run.note(tally=[count for _, count in tally])
+    run.note(tally=[count for _, count in tally], spoilt=len(spoilt))
     chosen = drafts[votes.index(tally[0][0])]
     as_it_came = run.wants_json or chosen.tool_calls or chosen.refusal is not None
     text = await run.reply(chosen) if as_it_came else final_answer(chosen.text)
