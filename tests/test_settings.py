@@ -148,6 +148,8 @@ def test_internal_variables_are_no_settings() -> None:
         "ASMODEL_EMBEDDED_ADDRESS": "x",
         "ASMODEL_EMBEDDED_KEY": "y",
         "ASMODEL_TEST_X": "z",
+        "ASMODEL_SOAK_MINUTES": "1",
+        "ASMODEL_BENCH_CACHE": "z",
         "ASMODEL_E2E_Y": "z",
     }
     assert load(environ=environ) == load(environ={})

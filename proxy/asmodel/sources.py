@@ -32,7 +32,7 @@ INTERNAL = {
 }
 """Variables that start like a setting and are none, with what they are for."""
 
-INTERNAL_PREFIXES = ("ASMODEL_E2E_", "ASMODEL_TEST_")
+INTERNAL_PREFIXES = ("ASMODEL_BENCH_", "ASMODEL_E2E_", "ASMODEL_SOAK_", "ASMODEL_TEST_")
 """Left to tests."""
 
 FLAGS = {"program_folders": "--programs"}
