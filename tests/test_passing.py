@@ -608,10 +608,10 @@ async def test_whoever_leaves_in_the_middle_of_a_body_is_asked_for_nothing(ways:
     writer.write(request(ASKED)[:-9])
     await asyncio.sleep(0.01)
     writer.close()
-    assert await until(lambda: not ways.passage.admitted.requests)
+    assert await until(lambda: not ways.passage.room.requests)
     await asyncio.sleep(0.1)
     assert len(ways.up.received) == count
-    assert not ways.passage.admitted.requests
+    assert not ways.passage.room.requests
 
 
 async def test_what_gathers_and_what_captures_is_seen_on_the_long_way(
@@ -621,7 +621,7 @@ async def test_what_gathers_and_what_captures_is_seen_on_the_long_way(
     monkeypatch.setattr(ways.passage.service, "draining", True)
     assert (await ways.ask(request(ASKED), short=True)).status == 503
     monkeypatch.undo()
-    monkeypatch.setattr(ways.passage.admitted, "_most", 0)
+    monkeypatch.setattr(ways.passage.room, "_most", 0)
     ways.app.passage = ways.passage
     status, _, _ = await ways.spoken(request(ASKED), leaves=False)
     assert (status, ways.taken) == (503, 0)

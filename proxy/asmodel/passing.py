@@ -203,7 +203,7 @@ class Passage:
         self,
         service: Service,
         access: Access,
-        admitted: Room,
+        room: Room,
         chat: ChatCompletions,
         metrics: Metrics,
         *,
@@ -214,7 +214,7 @@ class Passage:
 
         self.service = service
         self.access = access
-        self.admitted = admitted
+        self.room = room
         self.chat = chat
         self.messages = messages
         self.body_bytes = body_bytes
@@ -244,7 +244,7 @@ class Passage:
         if type(cycle) is not Cycle or tracer is None or service.draining or not service.ready.is_set():
             return None
         body = cycle.look()
-        if body is None or len(body) > self.body_bytes or not self.admitted.admits(len(body)):
+        if body is None or len(body) > self.body_bytes or not self.room.admits(len(body)):
             return None
         given: list[tuple[bytes, bytes]] = scope["headers"]
         headers = dict(given)
@@ -370,9 +370,9 @@ class Request(Speaking):
         self._task = task
         self._cancelling = task.cancelling()
         way.numbers.began()
-        admitted = passage.admitted
-        admitted.requests += 1
-        admitted.body_bytes += self._size
+        room = passage.room
+        room.requests += 1
+        room.body_bytes += self._size
         passage.service.begin()
         cycle.take()
         cycle.when_left(self._leave)
@@ -401,8 +401,8 @@ class Request(Speaking):
         finally:
             span.end()
             passage.service.end()
-            admitted.requests -= 1
-            admitted.body_bytes -= self._size
+            room.requests -= 1
+            room.body_bytes -= self._size
             if self.opened:
                 passage.service.meter.streaming(-1)
             way.numbers.responded(status, time.monotonic() - self._started)

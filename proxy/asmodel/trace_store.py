@@ -149,8 +149,9 @@ class LocalTraces:
         self._asked = 0
         self._flushed = 0
         self._turn = threading.Condition()
-        self._held: deque[Unit] = deque(maxlen=max_runs)
-        """Requests that have ended and are to be written, but for those that the file would forget again."""
+        self._held: deque[tuple[Unit, int]] = deque(maxlen=max_runs)
+        """Requests that have ended and are to be written, but for those that the file would forget again; each with the
+        spans that it had when it was taken in, for one that ends late may still come to it."""
         self._held_spans = 0
         self._due = 0
         """How many of them are to be written in this turn, the oldest first."""
@@ -253,14 +254,14 @@ class LocalTraces:
             if len(self._held) == self._held.maxlen:
                 # Emptied, since spans and their unit know each other, and would wait for the garbage collector.
                 self._let_go().fresh.clear()
-            self._held.append(unit)
-            self._held_spans += len(unit.fresh)
+            self._held.append((unit, len(unit.fresh)))
+            self._held_spans += self._held[-1][1]
         return rest, whole <= self._many
 
     def _let_go(self) -> Unit:
         """The one that has been held for longest."""
-        unit = self._held.popleft()
-        self._held_spans -= len(unit.fresh)
+        unit, spans = self._held.popleft()
+        self._held_spans -= spans
         self._due = max(0, self._due - 1)
         return unit
 
