@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tests.serving import Server, eventually, serving, upstream
+from tests.timed import timed
 
 from asmodel.testing import Fault, Received, ScriptedServer
 from asmodel.turns import Turns
@@ -248,6 +249,7 @@ def test_nested_programs_and_choices_share_the_turn_of_their_run(
     assert 0.4 < middle.count("nested") / len(middle) < 0.6
 
 
+@timed
 def test_what_is_passed_through_has_a_turn_of_its_own_for_each_request(
     server: Server, up: ScriptedServer, others: ThreadPoolExecutor
 ) -> None:

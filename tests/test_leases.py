@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from tests.leasing import LEASE_SECONDS, Failed, Leasing, once, store_at
 from tests.redis_serving import Store, packaged_server, running
+from tests.timed import timed
 
 from asmodel.conformance import opened
 from asmodel.protocols import Lockable
@@ -129,6 +130,7 @@ async def test_one_holds_it_and_the_others_know(store: Leasing, other: Leasing, 
             assert lease.state == "held"
 
 
+@timed
 async def test_whoever_waits_goes_on_when_it_is_given_back(store: Leasing, other: Leasing, key: str) -> None:
     async def follow() -> float:
         async with other.lease(key, LEASE_SECONDS) as lease:
@@ -146,6 +148,7 @@ async def test_whoever_waits_goes_on_when_it_is_given_back(store: Leasing, other
         assert lease.state == "held"
 
 
+@timed
 async def test_a_lease_is_kept_up_for_as_long_as_it_is_held(store: Leasing, other: Leasing, key: str) -> None:
     async with store.lease(key, 0.5):
         for _ in range(15):
@@ -214,6 +217,7 @@ async def test_equal_requests_in_two_processes_are_one_purchase(
     assert await store.get(key) == b"bought"
 
 
+@timed
 async def test_when_the_buyer_is_killed_another_buys_within_one_lease(
     kind: str, place: str, store: Leasing, key: str, tmp_path: Path
 ) -> None:
@@ -233,6 +237,7 @@ async def test_when_the_buyer_is_killed_another_buys_within_one_lease(
         assert time.monotonic() - began < LEASE_SECONDS + A_MOMENT
 
 
+@timed
 async def test_a_buyer_that_stands_still_is_passed_by_and_does_no_harm_later(
     kind: str, place: str, store: Leasing, key: str, tmp_path: Path
 ) -> None:
@@ -356,6 +361,7 @@ async def test_of_many_keys_that_several_processes_want_each_is_bought_once(tmp_
     assert sorted(purchases(tmp_path / "bought"), key=int) == [str(n) for n in range(2000)]
 
 
+@timed
 async def test_a_table_that_is_deleted_is_begun_anew_and_what_was_held_in_it_given_back(tmp_path: Path) -> None:
     async with opened(store := DiskCache(tmp_path / "cache")), opened(other := DiskCache(tmp_path / "cache")):
         async with store.lease("a") as before:
@@ -395,6 +401,7 @@ async def test_leases_do_not_wait_for_the_event_loops_own_threads(tmp_path: Path
 # ---- in Valkey ----
 
 
+@timed
 async def test_a_store_that_forgets_is_told_again(server: Store, key: str) -> None:
     async with opened(store := RedisCache(server.url)), store.lease(key, 0.6):
         server.tell("FLUSHDB")
@@ -410,7 +417,7 @@ async def test_without_a_store_there_is_no_lease_and_no_waiting(server: Store, k
             async with store.lease(key) as lease:
                 assert lease.state == "none"
                 assert await lease.wait() is None
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 5, "a timeout each would be 20 s"
         assert store.troubles.unlocked == 100
 
 
@@ -434,6 +441,7 @@ async def test_what_could_not_be_given_back_is_when_the_store_is_there_again(tmp
                     await asyncio.sleep(0.05)
 
 
+@timed
 async def test_a_waiter_goes_on_when_the_store_fails(tmp_path: Path, key: str) -> None:
     program = packaged_server()
     if program is None:

@@ -290,7 +290,7 @@ def test_only_a_host_that_may_know_is_told_the_trace(seen: dict[str, Any]) -> No
 
 
 def test_a_cancelled_call_is_seen_to_leave(seen: dict[str, Any]) -> None:
-    assert seen["left after"] < 0.5
+    assert seen["left after"] < 2
 
 
 def test_closing_the_last_leaves_nothing_that_the_next_would_trip_over(

@@ -15,6 +15,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.timed import timed
 
 from asmodel.calls import JSON, Chat, Completion, Delta, Embed, Message, Reply, Score, Terms, TokenLogprob, ToolCall
 from asmodel.dialect import Assembly, error_of, refusal_of
@@ -73,7 +74,7 @@ class Heard:
         return "".join(d.reasoning for d in self.deltas)
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 1.0) -> float:
+async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> float:
     """Wait until it holds; how long that took."""
     started = time.monotonic()
     while not condition():
@@ -361,6 +362,7 @@ async def test_no_more_connections_are_opened_than_allowed() -> None:
         assert len(server.requests) == 8
 
 
+@timed
 @pytest.mark.parametrize("streaming", [False, True])
 async def test_the_upstream_sees_a_cancelled_call_leave_within_100_ms(streaming: bool) -> None:
     heard = Heard()
@@ -379,6 +381,7 @@ async def test_the_upstream_sees_a_cancelled_call_leave_within_100_ms(streaming:
             assert (await upstream.send(PROMPT, Terms())).finish == "stop"
 
 
+@timed
 async def test_an_emit_that_fails_ends_the_call_with_its_own_error() -> None:
     async def emit(_: Delta) -> None:
         raise ConnectionResetError("the client is gone")

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from tests.redis_serving import Store, free_port, packaged_server, running
+from tests.timed import timed
 
 from asmodel.conformance import CACHE_CHECKS, CacheCheck, check_cache, opened
 from asmodel.errors import AsmodelError, ConfigurationError
@@ -72,7 +73,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "asmodel.cache" and r.levelno >= logging.WARNING]
 
 
-async def timed(work: Awaitable[Any]) -> float:
+async def seconds_of(work: Awaitable[Any]) -> float:
     began = time.monotonic()
     await work
     return time.monotonic() - began
@@ -287,8 +288,8 @@ async def drain(cache: RedisCache, calls: int = 50) -> list[float]:
     """How long each of so many gets, sets and leases took, one after another."""
     took: list[float] = []
     for n in range(calls):
-        took.append(await timed(cache.get(key(n))))
-        took.append(await timed(cache.set(key(n), REPLY)))
+        took.append(await seconds_of(cache.get(key(n))))
+        took.append(await seconds_of(cache.set(key(n), REPLY)))
         began = time.monotonic()
         async with cache.lease(key(n)):
             took.append(time.monotonic() - began)
@@ -302,7 +303,7 @@ async def test_a_store_that_is_not_there_costs_nothing_and_is_used_when_it_is(
         server.stop()
         async with opened(cache := RedisCache(server.url, timeout=TIMEOUT)):
             took = await drain(cache)
-            assert sum(took) < 1
+            assert sum(took) < 5, "a timeout each would be 30 s"
             assert (cache.troubles.unreachable, cache.troubles.unstored, cache.troubles.unlocked) == (50, 50, 50)
             server.start()
             await answering(cache)
@@ -311,6 +312,7 @@ async def test_a_store_that_is_not_there_costs_nothing_and_is_used_when_it_is(
     assert f"redis://127.0.0.1:{server.port}/0 cannot be used: ConnectionError" in told
 
 
+@timed
 async def test_a_store_that_stands_still_costs_one_timeout_and_then_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -318,8 +320,8 @@ async def test_a_store_that_stands_still_costs_one_timeout_and_then_nothing(
         async with opened(cache := RedisCache(server.url, timeout=TIMEOUT)):
             await cache.set(key(0), b"x")
             server.pause()
-            assert TIMEOUT * 0.9 < await timed(cache.get(key(0))) < TIMEOUT + SLACK
-            assert sum(await drain(cache)) < 1
+            assert TIMEOUT * 0.9 < await seconds_of(cache.get(key(0))) < TIMEOUT + SLACK
+            assert sum(await drain(cache)) < 5, "a timeout each would be 30 s"
             server.go_on()
             await answering(cache)
             assert await cache.get(key(0)) == REPLY or await cache.get(key(0)) == b"x"
@@ -327,12 +329,13 @@ async def test_a_store_that_stands_still_costs_one_timeout_and_then_nothing(
             assert len(warnings_of(caplog)) == 1
 
 
+@timed
 async def test_many_calls_at_once_wait_no_longer_than_one(tmp_path: Path) -> None:
     with own_server(tmp_path) as server:
         async with opened(cache := RedisCache(server.url, timeout=TIMEOUT, connections=4)):
             await cache.get(key(0))
             server.pause()
-            took = await asyncio.gather(*(timed(cache.get(key(n))) for n in range(300)))
+            took = await asyncio.gather(*(seconds_of(cache.get(key(n))) for n in range(300)))
             assert max(took) < TIMEOUT + SLACK
             assert cache.troubles.late + cache.troubles.unreachable == 300
             server.stop()
@@ -361,6 +364,7 @@ async def test_warnings_are_few_however_often_it_fails(tmp_path: Path, caplog: p
     assert len(warnings_of(caplog)) == 1
 
 
+@timed
 async def test_a_busy_event_loop_is_no_slow_store(cache: RedisCache) -> None:
     quick = RedisCache(cache.place, timeout=0.05)
     async with opened(quick):
@@ -487,15 +491,16 @@ async def answers_the_wrong_type(reader: asyncio.StreamReader, writer: asyncio.S
 PLAYED = [says_nothing, hangs_up, speaks_http, babbles, drips, promises_too_much, refuses_all, answers_the_wrong_type]
 
 
+@timed
 @pytest.mark.parametrize("answer", PLAYED, ids=lambda answer: answer.__name__)
 async def test_whatever_is_at_the_address_no_call_fails_and_none_waits_long(
     answer: Part, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with playing(answer) as url, asyncio.timeout(20), opened(cache := RedisCache(url, timeout=TIMEOUT)):
         for _ in range(20):
-            assert await timed(cache.get(key(0))) < TIMEOUT + SLACK
+            assert await seconds_of(cache.get(key(0))) < TIMEOUT + SLACK
             assert await cache.get(key(0)) is None
-            assert await timed(cache.set(key(0), b"a secret of the user")) < TIMEOUT + SLACK
+            assert await seconds_of(cache.set(key(0), b"a secret of the user")) < TIMEOUT + SLACK
             async with cache.lease(key(0)) as lease:
                 assert lease.state == "none"
         assert cache.troubles.unlocked == 20

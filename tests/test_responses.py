@@ -358,7 +358,7 @@ def test_a_stream_says_how_far_the_program_is_in_a_reasoning_item(client: OpenAI
 
 
 def test_a_stream_begins_before_a_slow_upstream_answers(server: Server, script: Script) -> None:
-    script.fault = lambda received: Fault(delay=2.0, answer="At last.")
+    script.fault = lambda received: Fault(delay=5.0, answer="At last.")
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     body = {"model": "default", "input": "slow", "stream": True}
     started = time.monotonic()
@@ -366,7 +366,7 @@ def test_a_stream_begins_before_a_slow_upstream_answers(server: Server, script: 
     response = connection.getresponse()
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.readline() == b"event: response.created\n"
-    assert time.monotonic() - started < 1.9
+    assert time.monotonic() - started < 4.5
     assert b"At last." in response.read()
     connection.close()
 

@@ -194,7 +194,7 @@ EVIL = "a" * 60 + "!"
 def test_patterns_are_never_run_wherever_they_stand(schema: object, answer: object) -> None:
     began = time.monotonic()
     assert misfit(schema, json.dumps(answer)) is None
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_names_that_a_pattern_may_stand_for_are_no_misfits_and_others_are() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from tests.timed import timed
 
 from asmodel.calls import Call, Chat, Completion, Delta, Embed, Message, Reply, Score, Terms, ToolCall
 from asmodel.errors import UpstreamUnavailable
@@ -215,15 +216,16 @@ async def test_a_stream_comes_piece_by_piece_and_ends_as_it_should() -> None:
     assert times[-1] - times[0] > 0.1
 
 
+@timed
 async def test_small_answers_do_not_wait_for_acknowledgements() -> None:
     with ScriptedServer() as server:
         async with aiohttp.ClientSession() as session:
             started = time.monotonic()
-            for _ in range(30):
+            for _ in range(100):
                 async with session.post(f"{server.base_url}/chat/completions", json={"messages": []}) as response:
                     await response.read()
             # Nagle's algorithm against delayed acknowledgements costs 40 ms each.
-            assert time.monotonic() - started < 0.6
+            assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize("fault", [Fault(reset=True), Fault(after=2, reset=True)])
@@ -237,6 +239,7 @@ async def test_a_connection_is_reset_before_or_in_the_middle(fault: Fault) -> No
                     await response.read()
 
 
+@timed
 async def test_it_is_seen_when_a_client_leaves() -> None:
     with ScriptedServer(delay=5) as server:
         leaving = asyncio.create_task(post(server, "/chat/completions", {"messages": []}))

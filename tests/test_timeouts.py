@@ -8,10 +8,12 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.timed import timed
 
 from asmodel.timeouts import Bound, Bounds, Timeouts
 
 
+@timed
 async def test_a_body_that_takes_too_long_is_cancelled_and_raises_timeout_error() -> None:
     bounds = Bounds(0.02)
     bound = bounds()
@@ -83,6 +85,7 @@ async def test_an_error_of_the_bodys_own_is_raised_as_it_is() -> None:
         raise KeyError("its own")
 
 
+@timed
 async def test_one_timer_serves_for_all_and_none_is_left_when_all_have_ended() -> None:
     expired: list[int] = []
     timeouts: Timeouts[int] = Timeouts(0.02, expired.append)
@@ -95,6 +98,7 @@ async def test_one_timer_serves_for_all_and_none_is_left_when_all_have_ended() -
     assert len(timeouts) == 0
 
 
+@timed
 async def test_to_begin_again_starts_the_time_anew_and_to_keep_does_not() -> None:
     expired: list[tuple[str, float]] = []
     began = time.perf_counter()
@@ -109,6 +113,7 @@ async def test_to_begin_again_starts_the_time_anew_and_to_keep_does_not() -> Non
     assert expired[0][1] < 0.079 <= expired[1][1]
 
 
+@timed
 def test_what_was_begun_in_a_loop_that_has_ended_does_not_come_in_another() -> None:
     expired: list[str] = []
     timeouts: Timeouts[str] = Timeouts(0.01, expired.append)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tests.serving import Server, eventually, serving, upstream
+from tests.timed import timed
 
 from asmodel.testing import ScriptedServer
 
@@ -135,6 +136,7 @@ async def test_each_of_five_hundred_slow_clients_gets_all_its_chunks(
     assert "Traceback" not in server.said
 
 
+@timed
 @pytest.mark.parametrize("model", ["plain", "default"])
 async def test_the_upstream_calls_of_those_who_leave_stop_within_a_second_and_those_of_others_go_on(
     model: str, server: Server, up: ScriptedServer

@@ -23,6 +23,7 @@ from tests.e2e import images, stores
 from tests.leasing import LEASE_SECONDS, once
 from tests.redis_serving import Store, free_port, running
 from tests.serving import create, serving, upstream
+from tests.timed import timed
 
 from asmodel.conformance import check_cache, opened
 from asmodel.testing import ScriptedServer
@@ -74,6 +75,7 @@ async def test_it_does_what_every_cache_must(server: Store) -> None:
     await check_cache(lambda: RedisCache(server.url, timeout=2), durable=True)
 
 
+@timed
 async def test_a_long_list_holds_up_nobody(server: Store) -> None:
     async with opened(cache := RedisCache(server.url, timeout=2)), opened(busy := RedisCache(server.url, timeout=2)):
         for start in range(0, 20_000, 500):
@@ -129,6 +131,7 @@ async def load(cache: RedisCache, tasks: int = 16) -> AsyncGenerator[Load]:
             load.over = True
 
 
+@timed
 async def test_stopped_paused_and_restarted_under_load_no_call_fails_and_waits_are_bounded(
     server: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,6 +341,7 @@ def cluster(program: str, folder: Path) -> Generator[list[Store]]:
         yield stores
 
 
+@timed
 async def test_a_cluster_is_one_store_and_goes_on_when_a_replica_takes_over(program: str, tmp_path: Path) -> None:
     with cluster(program, tmp_path) as stores:
 

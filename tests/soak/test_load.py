@@ -1,5 +1,10 @@
 """Half an hour at seven tenths of what the server can carry: it gets neither slower nor larger, and makes no mistakes.
 
+A machine that is shared with others is not as fast in one minute as in another, so how the last third of the half hour
+compares with the first is not the server's doing alone. Two things are: what a request costs beside a fixed piece of
+work that is timed every second, and how the server does at the end beside one that has just been started, each in turn,
+in the same minutes.
+
 How long, in minutes, says ASMODEL_SOAK_MINUTES. What the server can carry is measured first, with as many clients as
 keep it busy; after that requests come at random moments whether or not earlier ones are answered, as real ones do, and
 a request's time counts from the moment at which it was due.
@@ -43,14 +48,19 @@ CALIBRATION = min(60.0, MINUTES * 6)
 """Seconds of it."""
 ROW = min(60.0, MINUTES * 60 / 9)
 """Seconds that a row of the table is about: a minute, or less where the whole is short, so that a third has some."""
+TURNS = 4
+"""At the end the server that has served all the time and one that has just been started have so many rows each."""
 SLOWER = 1.25
-"""How many times the p99 of the first third that of the last may be."""
+"""How many times the p99 of the one that has just been started that of the other may be."""
 LARGER = 1.05
 """How many times the memory after the first rows that of the last third may be."""
 DEARER = 1.1
-"""How many times the CPU of a request in the first third that in the last may be."""
+"""How many times what it was the CPU of a request may be: in the last third to the first, each to the CPU of the fixed
+piece; and of the server that has served all the time, to one that has just been started."""
 ELSEWHERE = 0.1
 """Of the machine: a minute in which more of it was busy with something else says nothing of the server's times."""
+PIECE = json.dumps([{"name": f"{n:x}", "values": [n, n / 7, str(n)]} for n in range(1500)])
+"""What the fixed piece of work reads: a millisecond or two of new objects, as in a server, and not of numbers alone."""
 REPEATED = 200
 """Questions that are asked again and again, and so are answered from the cache."""
 
@@ -373,17 +383,31 @@ class Row:
     """Milliseconds of the server's CPU a request."""
     elsewhere: float = 0.0
     """Share of the machine that was busy with what is no part of this."""
+    pieces: list[float] = field(default_factory=list[float])
+    """Milliseconds of CPU that the fixed piece of work took, once a second."""
 
     def p(self, kind: str, share: float) -> float:
         values = sorted(self.took[kind])
         return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)] if values else math.nan
 
+    @property
+    def piece(self) -> float:
+        """What the fixed piece of work took in the middle of them, in ms."""
+        return statistics.median(self.pieces)
+
+
+def piece() -> float:
+    """Milliseconds of CPU that the fixed piece of work takes here and now."""
+    began = time.thread_time()
+    json.loads(PIECE)
+    return (time.thread_time() - began) * 1000
+
 
 class Load:
     """Asks, and keeps count."""
 
-    def __init__(self, server: Server, upstream: int) -> None:
-        """`upstream` is the id of the process of the scripted upstream."""
+    def __init__(self, server: Server, upstream: int, *, first: int = 0) -> None:
+        """`upstream` is the id of the process of the scripted upstream; `first` the number of the first question."""
         self._upstream = upstream
         self.clients = Clients(server.port)
         self.row = Row()
@@ -392,7 +416,7 @@ class Load:
         """The first of what went wrong, in full."""
         self._server = server
         self._dice = random.Random(1)
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(first)
         self._under_way: set[asyncio.Task[None]] = set()
         self._names = list(KINDS)
         self._weights = list(itertools.accumulate(kind.weight for kind in KINDS.values()))
@@ -431,6 +455,7 @@ class Load:
         began = due = time.monotonic()
         used, ours, busy, every = cpu_of(self._server.process.pid), self._ours(), *machine()
         loop = asyncio.get_running_loop()
+        next_piece = began
         while True:
             due += self._dice.expovariate(rate)
             if due > began + seconds:
@@ -438,6 +463,9 @@ class Load:
             # One timer for a few arrivals: what is late by less than that counts as the server's, in every row alike.
             if (wait := due - time.monotonic()) > 0.002:
                 await asyncio.sleep(wait)
+            if due >= next_piece:
+                self.row.pieces.append(piece())
+                next_piece += 1
             if len(self._under_way) >= CROWD:
                 self.row.turned_away += 1
                 continue
@@ -487,11 +515,11 @@ def machine() -> tuple[float, float]:
 
 def heading() -> str:
     kinds = " ".join(f"{name:>9}" for name in TIMED)
-    rest = f"{'cpu ms':>6} {'MB':>6} {'files':>5} {'threads':>7} {'others':>6}  wrong"
+    rest = f"{'cpu ms':>6} {'piece':>5} {'MB':>6} {'files':>5} {'threads':>7} {'others':>6}  wrong"
     return f"each kind as p50/p99 in ms\n{'row':>4} {'req':>7} {'req/s':>6} {kinds} {rest}"
 
 
-def line(number: int, row: Row) -> str:
+def line(number: int | str, row: Row) -> str:
     kinds = " ".join(f"{f'{row.p(name, 0.5):.0f}/{row.p(name, 0.99):.0f}':>9}" for name in TIMED)
     total = sum(row.counts.values())
     told = [f"{what} x{count}" for what, count in row.wrong.items()]
@@ -500,17 +528,20 @@ def line(number: int, row: Row) -> str:
     wrong = ", ".join(told) or "-"
     return (
         f"{number:>4} {total:>7} {total / row.seconds:>6.0f} {kinds} "
-        f"{row.cpu:>6.2f} {row.memory:>6.1f} {row.files:>5} {row.threads:>7} {row.elsewhere:>6.0%}  {wrong}"
+        f"{row.cpu:>6.2f} {row.piece:>5.2f} {row.memory:>6.1f} {row.files:>5} {row.threads:>7} {row.elsewhere:>6.0%}  "
+        f"{wrong}"
     )
 
 
 def thirds(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The first and the last third of the rows, without the first row, in which connections are made and caches fill,
-    and without those in which the machine was busy with something else.
-    """
+    """The first and the last third of the rows, but for the very first: connections are made in it and caches fill."""
     third = max(1, (len(rows) - 1) // 3)
-    first, last = rows[1 : 1 + third], rows[-third:]
-    return [row for row in first if row.elsewhere <= ELSEWHERE], [row for row in last if row.elsewhere <= ELSEWHERE]
+    return quiet(rows[1 : 1 + third]), quiet(rows[-third:])
+
+
+def quiet(rows: Sequence[Row]) -> list[Row]:
+    """Those in which the machine was busy with nothing else."""
+    return [row for row in rows if row.elsewhere <= ELSEWHERE]
 
 
 def slower(first: Sequence[Row], last: Sequence[Row]) -> dict[str, float]:
@@ -520,6 +551,15 @@ def slower(first: Sequence[Row], last: Sequence[Row]) -> dict[str, float]:
         return statistics.median(p for row in rows if not math.isnan(p := row.p(name, 0.99)))
 
     return {name: p99(last, name) / p99(first, name) for name in TIMED}
+
+
+def dearer(first: Sequence[Row], last: Sequence[Row]) -> float:
+    """The CPU of a request in the last rows to that in the first, each to that of the fixed piece in its minute."""
+    return statistics.median(r.cpu / r.piece for r in last) / statistics.median(r.cpu / r.piece for r in first)
+
+
+def told(times: dict[str, float]) -> str:
+    return f"{statistics.median(times.values()):.2f} ({', '.join(f'{kind} {by:.2f}' for kind, by in times.items())})"
 
 
 # The processes
@@ -556,36 +596,45 @@ def test_half_an_hour_at_seven_tenths_of_what_it_carries(tmp_path: Path, capsys:
     with answering() as (base_url, answerer):
         # A cache that is full within minutes, so that the oldest leave it for most of the time.
         settings = upstream(base_url, concurrency=512) + "[cache]\nsize_limit = 33554432\n"
-        with serving(tmp_path, settings, "--programs", "programs") as server:
-            load, before = uvloop.run(loaded(server, answerer, say))
+        programs = str(tmp_path / "programs")
+        with serving(tmp_path, settings, "--programs", programs) as server:
+            load, rate, before = uvloop.run(loaded(server, answerer, say))
+            rows = load.rows
+            (tmp_path / "new").mkdir()
+            with serving(tmp_path / "new", settings, "--programs", programs) as new:
+                aged, fresh = uvloop.run(compared(server, new, answerer, rate, say))
             # Connections to the upstream are kept for a while; those of clients end with them.
             left = eventually("its files are closed", lambda: (now := seen_of(server)[1]) <= before + 8 and now, 120)
-            say(f"files: {before} before, {max(row.files for row in load.rows)} at most, {left} after")
+            say(f"files: {before} before, {max(row.files for row in rows)} at most, {left} after")
             said = server.said
-    rows = load.rows
     third = len(rows) // 3
     parts = (rows[1:4], rows[-2 * third : -third], rows[-third:])
     early, middle, late = (statistics.median(row.memory for row in part) for part in parts)
     say(f"memory: {early:.1f} MB at the start, {middle:.1f} in the middle third, {late:.1f} in the last")
-    assert not load.told, "\n".join(load.told)
+    assert not load.told + aged.told + fresh.told, "\n".join(load.told + aged.told + fresh.told)
     assert "Traceback" not in said
     first, last = thirds(rows)
-    if not first or not last:
+    old, young = quiet(aged.rows), quiet(fresh.rows)
+    if not (first and last and old and young):
         pytest.fail("the machine was busy otherwise, so p99 and memory are not known: run it again, alone")
-    dearer = statistics.median(row.cpu for row in last) / statistics.median(row.cpu for row in first)
-    times = slower(first, last)
-    say(f"last third to first: CPU a request {dearer:.2f}; p99 " + ", ".join(f"{k} {v:.2f}" for k, v in times.items()))
+    machine_by = statistics.median(row.piece for row in last) / statistics.median(row.piece for row in first)
+    by, now = dearer(first, last), dearer(young, old)
+    times = slower(young, old)
+    say(f"last third to first: the fixed piece of work {machine_by:.2f}; CPU a request to it {by:.2f}")
+    say(f"last third to first: p99 {told(slower(first, last))}")
+    say(f"to a server just started, in the same minutes: CPU a request {now:.2f}; p99 {told(times)}")
     assert not any(row.turned_away for row in (*first, *last))
     # The memory of a process that serves has a shape of its own (arenas, caches that fill): flat is what does not grow
     # over the run, or has stopped to grow by its middle.
     assert late <= LARGER * early or late <= 1.01 * middle
-    assert dearer <= DEARER
+    assert by <= DEARER
+    assert now <= DEARER
     # By one kind or another a p99 of some hundred values is by chance a quarter higher; not by most.
     assert statistics.median(times.values()) <= SLOWER
 
 
-async def loaded(server: Server, answerer: int, say: Callable[[str], None]) -> tuple[Load, int]:
-    """The whole load, and how many files were open before it."""
+async def loaded(server: Server, answerer: int, say: Callable[[str], None]) -> tuple[Load, float, int]:
+    """The whole load, the requests a second of it, and how many files were open before it."""
     load = Load(server, answerer)
     try:
         for n in range(REPEATED):
@@ -598,6 +647,29 @@ async def loaded(server: Server, answerer: int, say: Callable[[str], None]) -> t
         say(f"\n{carried:.0f} req/s with {CLIENTS} clients; {rate:.0f} req/s from now on\n{heading()}")
         for number in range(max(4, round(MINUTES * 60 / ROW))):
             say(line(number, await load.open(rate, ROW)))
-        return load, before
+        return load, rate, before
     finally:
         await load.end()
+
+
+async def compared(
+    server: Server, new: Server, answerer: int, rate: float, say: Callable[[str], None]
+) -> tuple[Load, Load]:
+    """The same load on the server that has served and on one that has not, in turn; what each of them did."""
+    aged = Load(server, answerer, first=10_000_000)
+    fresh = Load(new, answerer, first=20_000_000)
+    names = {aged: "old", fresh: "new"}
+    try:
+        for load in names:
+            for n in range(REPEATED):
+                await cached(load.clients, n)
+            await load.open(rate, ROW / 2)
+            load.rows.clear()
+        say("one that has just been started, in turn with it")
+        for turn in range(TURNS):
+            for load in (aged, fresh) if turn % 2 == 0 else (fresh, aged):
+                say(line(names[load], await load.open(rate, ROW / 2)))
+        return aged, fresh
+    finally:
+        for load in names:
+            await load.end()
