@@ -64,7 +64,7 @@ PIECE = json.dumps([{"name": f"{n:x}", "values": [n, n / 7, str(n)]} for n in ra
 REPEATED = 200
 """Questions that are asked again and again, and so are answered from the cache."""
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(MINUTES * 60 + CALIBRATION + 300)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(MINUTES * 60 + CALIBRATION + (TURNS + 1) * ROW + 300)]
 
 PROGRAMS = """
 from asmodel import Run, gather, program, step
