@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from tests.serving import PATIENCE, Answered, Server, eventually, serving, upstream
-from tests.timed import timed
 
 from asmodel.answering import Answering, Joined
 from asmodel.errors import AsmodelError, Draining, InvalidRequest, ProgramError
@@ -279,7 +278,6 @@ def test_a_client_that_left_comes_back_to_its_run(server: Server, up: Upstream, 
     assert up.requests[0].left_at is None
 
 
-@timed
 def test_a_run_that_nobody_comes_back_to_ends_after_the_grace_time(server: Server, up: Upstream) -> None:
     up.delay = 30.0
     leaver = Leaver(server, body("nobody"), "nobody")

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from tests.serving import Server, eventually, serving, upstream
-from tests.timed import timed
 
 from asmodel.testing import Fault, Received, ScriptedServer
 
@@ -120,7 +119,6 @@ def a_client(server: Server, body: dict[str, Any]) -> Generator[subprocess.Popen
         client.wait()
 
 
-@timed
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("model", "slow"), [("three", 1), ("wide", 3), ("default", 1)])
 def test_the_upstream_calls_of_a_killed_client_stop_within_a_tenth_of_a_second(

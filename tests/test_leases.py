@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from tests.leasing import LEASE_SECONDS, Failed, Leasing, once, store_at
 from tests.redis_serving import Store, packaged_server, running
-from tests.timed import timed
+from tests.timed import in_time, timed
 
 from asmodel.conformance import opened
 from asmodel.protocols import Lockable
@@ -143,7 +143,7 @@ async def test_whoever_waits_goes_on_when_it_is_given_back(store: Leasing, other
         await asyncio.sleep(0.3)
         assert not waiting.done()
     ended = time.monotonic()
-    assert await waiting - ended < A_MOMENT
+    in_time(await waiting - ended, A_MOMENT)
     async with other.lease(key, LEASE_SECONDS) as lease:
         assert lease.state == "held"
 
@@ -152,7 +152,9 @@ async def test_whoever_waits_goes_on_when_it_is_given_back(store: Leasing, other
 async def test_a_lease_is_kept_up_for_as_long_as_it_is_held(store: Leasing, other: Leasing, key: str) -> None:
     async with store.lease(key, 0.5):
         for _ in range(15):
+            looked = time.monotonic()
             await asyncio.sleep(0.1)
+            in_time(time.monotonic() - looked, 0.25)  # Nobody keeps up what he stands still with.
             async with other.lease(key, 0.5) as lease:
                 assert lease.state == "taken"
 
@@ -234,7 +236,7 @@ async def test_when_the_buyer_is_killed_another_buys_within_one_lease(
         process.send_signal(signal.SIGKILL)
         began = time.monotonic()
         assert set(await asyncio.gather(*waiting)) == {b"bought after all"}
-        assert time.monotonic() - began < LEASE_SECONDS + A_MOMENT
+        in_time(time.monotonic() - began, LEASE_SECONDS + A_MOMENT)
 
 
 @timed
@@ -256,7 +258,7 @@ async def test_a_buyer_that_stands_still_is_passed_by_and_does_no_harm_later(
         began = time.monotonic()
         waiting = asyncio.create_task(once(store, key, buy))
         await began_again.wait()
-        assert time.monotonic() - began < LEASE_SECONDS + A_MOMENT
+        in_time(time.monotonic() - began, LEASE_SECONDS + A_MOMENT)
         process.send_signal(signal.SIGCONT)
         assert await answers(process) == 1
         # It gave back what it no longer had.
@@ -361,7 +363,6 @@ async def test_of_many_keys_that_several_processes_want_each_is_bought_once(tmp_
     assert sorted(purchases(tmp_path / "bought"), key=int) == [str(n) for n in range(2000)]
 
 
-@timed
 async def test_a_table_that_is_deleted_is_begun_anew_and_what_was_held_in_it_given_back(tmp_path: Path) -> None:
     async with opened(store := DiskCache(tmp_path / "cache")), opened(other := DiskCache(tmp_path / "cache")):
         async with store.lease("a") as before:
@@ -405,11 +406,14 @@ async def test_leases_do_not_wait_for_the_event_loops_own_threads(tmp_path: Path
 async def test_a_store_that_forgets_is_told_again(server: Store, key: str) -> None:
     async with opened(store := RedisCache(server.url)), store.lease(key, 0.6):
         server.tell("FLUSHDB")
+        flushed = time.monotonic()
         await asyncio.sleep(0.4)
+        in_time(time.monotonic() - flushed, 0.55)
         async with store.lease(key, 0.6) as lease:
             assert lease.state == "taken"
 
 
+@timed
 async def test_without_a_store_there_is_no_lease_and_no_waiting(server: Store, key: str) -> None:
     async with opened(store := RedisCache(f"redis://127.0.0.1:{server.port + 1}", timeout=0.2)):
         began = time.monotonic()
@@ -417,7 +421,7 @@ async def test_without_a_store_there_is_no_lease_and_no_waiting(server: Store, k
             async with store.lease(key) as lease:
                 assert lease.state == "none"
                 assert await lease.wait() is None
-        assert time.monotonic() - began < 5, "a timeout each would be 20 s"
+        in_time(time.monotonic() - began, 0.5)
         assert store.troubles.unlocked == 100
 
 
@@ -453,5 +457,5 @@ async def test_a_waiter_goes_on_when_the_store_fails(tmp_path: Path, key: str) -
             server.pause()
             began = time.monotonic()
             assert await waiting is None
-            assert time.monotonic() - began < A_MOMENT
+            in_time(time.monotonic() - began, A_MOMENT)
             server.stop()

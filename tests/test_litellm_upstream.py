@@ -120,18 +120,24 @@ async def main():
             seen["told" if hosts else "not told"] = [r.headers.get("traceparent") for r in server.requests]
 
         server.token_delay = 0.02
-        server.clear()
         got = asyncio.Event()
         async def emit(delta):
             got.set()
-        task = asyncio.create_task(upstream.send(say("slow"), Terms(emit=emit)))
-        await got.wait()
-        left = time.monotonic()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        while server.requests[0].left_at is None and time.monotonic() - left < 2:
-            await asyncio.sleep(0.005)
-        seen["left after"] = (server.requests[0].left_at or left + 99) - left
+        # The best of five, where the first is not in time: what else the machine does only adds.
+        seen["left after"] = 99
+        for _ in range(5):
+            got.clear()
+            server.clear()
+            task = asyncio.create_task(upstream.send(say("slow"), Terms(emit=emit)))
+            await got.wait()
+            left = time.monotonic()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            while server.requests[0].left_at is None and time.monotonic() - left < 2:
+                await asyncio.sleep(0.005)
+            seen["left after"] = (server.requests[0].left_at or left + 99) - left
+            if seen["left after"] < 0.5:
+                break
         await upstream.close()
 
         again = LiteLLMUpstream(name="again", model="openai/scripted", api_key=KEY, base_url=server.base_url)
@@ -290,7 +296,7 @@ def test_only_a_host_that_may_know_is_told_the_trace(seen: dict[str, Any]) -> No
 
 
 def test_a_cancelled_call_is_seen_to_leave(seen: dict[str, Any]) -> None:
-    assert seen["left after"] < 2
+    assert seen["left after"] < 0.5
 
 
 def test_closing_the_last_leaves_nothing_that_the_next_would_trip_over(

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.timed import in_time, timed
 
 from asmodel.calls import Chat, Delta, Message, Terms
 from asmodel.errors import ConfigurationError, UpstreamBroken, UpstreamRateLimited, UpstreamUnreachable
@@ -402,6 +403,7 @@ async def test_a_connection_that_breaks_in_the_middle_is_told_of(make: Making, c
             await asked(client, whole=True)
 
 
+@timed
 @both
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 20", CHUNKED + b"1\r\na\r\n"])
 async def test_a_call_that_is_cancelled_leaves_at_once(make: Making, said: bytes) -> None:
@@ -419,9 +421,11 @@ async def test_a_call_that_is_cancelled_leaves_at_once(make: Making, said: bytes
         await eventually(lambda: len(server.asked) == 1)
         await asyncio.sleep(0.02)
         task.cancel()
-        async with asyncio.timeout(5):
+        began = time.monotonic()
+        async with asyncio.timeout(10):
             await asyncio.gather(task, return_exceptions=True)
             await left.wait()
+        in_time(time.monotonic() - began, 0.5)
         assert task.cancelled()
 
 
@@ -818,7 +822,7 @@ async def test_a_stream_is_over_with_its_last_word_whether_or_not_the_server_the
         upstream = OpenAIUpstream(name="fast", base_url=f"http://127.0.0.1:{server.port}/v1", model="m")
         await upstream.open()
         for _ in range(2):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(1):
                 assert (await upstream.send(CALL, Terms(emit=emit))).text == "word"
         await upstream.close()
         assert server.connections == (1 if ends else 2)
@@ -1052,7 +1056,7 @@ async def test_a_place_that_is_given_to_one_who_leaves_goes_to_the_next(lost: bo
         client.wires[-1][0].data_received(OK)
     await turns()
     client.wires[-1][0].data_received(OK)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(1):
         assert await tasks[2] == b"hi"
         done = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(done[0], Unreached) if lost else done[0] == b"hi"
@@ -1113,7 +1117,7 @@ def test_an_answer_cut_anywhere_is_the_same_answer_and_what_follows_it_is_never_
                 await asyncio.sleep(0)
         if framing == "close":
             connection.connection_lost(None)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(1):
             assert await task == body
         # Blank lines are no answer to anything; all else that follows ends the connection.
         if extra.strip(b"\r\n"):
@@ -1141,7 +1145,7 @@ def test_whatever_comes_ends_in_an_answer_or_an_error_of_the_client(blocks: list
             if not wire.aborted:
                 connection.data_received(block)
         connection.connection_lost(None)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(1):
             result = (await asyncio.gather(task, return_exceptions=True))[0]
         assert isinstance(result, (bytes, Unreached, Cut, Encoded))
 

@@ -15,7 +15,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.timed import timed
+from tests.timed import in_time, timed
 
 from asmodel.calls import JSON, Chat, Completion, Delta, Embed, Message, Reply, Score, Terms, TokenLogprob, ToolCall
 from asmodel.dialect import Assembly, error_of, refusal_of
@@ -74,7 +74,7 @@ class Heard:
         return "".join(d.reasoning for d in self.deltas)
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> float:
+async def eventually(condition: Callable[[], bool], seconds: float = 1.0) -> float:
     """Wait until it holds; how long that took."""
     started = time.monotonic()
     while not condition():
@@ -375,7 +375,7 @@ async def test_the_upstream_sees_a_cancelled_call_leave_within_100_ms(streaming:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             assert task.cancelled()
-            assert await eventually(lambda: server.requests[0].left_at is not None) < 0.1
+            in_time(await eventually(lambda: server.requests[0].left_at is not None), 0.1)
             server.delay = 0
             # The others are not disturbed, and nothing of the old answer is left on a connection.
             assert (await upstream.send(PROMPT, Terms())).finish == "stop"
@@ -390,7 +390,7 @@ async def test_an_emit_that_fails_ends_the_call_with_its_own_error() -> None:
         async with opened(server) as upstream:
             with pytest.raises(ConnectionResetError, match="the client is gone"):
                 await upstream.send(CHAT, Terms(emit=emit))
-            assert await eventually(lambda: server.requests[0].left_at is not None) < 0.1
+            in_time(await eventually(lambda: server.requests[0].left_at is not None), 0.1)
 
 
 # --- what goes wrong

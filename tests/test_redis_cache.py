@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from tests.redis_serving import Store, free_port, packaged_server, running
-from tests.timed import timed
+from tests.timed import in_time, timed
 
 from asmodel.conformance import CACHE_CHECKS, CacheCheck, check_cache, opened
 from asmodel.errors import AsmodelError, ConfigurationError
@@ -296,6 +296,7 @@ async def drain(cache: RedisCache, calls: int = 50) -> list[float]:
     return took
 
 
+@timed
 async def test_a_store_that_is_not_there_costs_nothing_and_is_used_when_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -303,7 +304,7 @@ async def test_a_store_that_is_not_there_costs_nothing_and_is_used_when_it_is(
         server.stop()
         async with opened(cache := RedisCache(server.url, timeout=TIMEOUT)):
             took = await drain(cache)
-            assert sum(took) < 5, "a timeout each would be 30 s"
+            in_time(sum(took), 1)
             assert (cache.troubles.unreachable, cache.troubles.unstored, cache.troubles.unlocked) == (50, 50, 50)
             server.start()
             await answering(cache)
@@ -320,8 +321,10 @@ async def test_a_store_that_stands_still_costs_one_timeout_and_then_nothing(
         async with opened(cache := RedisCache(server.url, timeout=TIMEOUT)):
             await cache.set(key(0), b"x")
             server.pause()
-            assert TIMEOUT * 0.9 < await seconds_of(cache.get(key(0))) < TIMEOUT + SLACK
-            assert sum(await drain(cache)) < 5, "a timeout each would be 30 s"
+            waited = await seconds_of(cache.get(key(0)))
+            assert waited > TIMEOUT * 0.9
+            in_time(waited, TIMEOUT + SLACK)
+            in_time(sum(await drain(cache)), 1)
             server.go_on()
             await answering(cache)
             assert await cache.get(key(0)) == REPLY or await cache.get(key(0)) == b"x"
@@ -336,7 +339,7 @@ async def test_many_calls_at_once_wait_no_longer_than_one(tmp_path: Path) -> Non
             await cache.get(key(0))
             server.pause()
             took = await asyncio.gather(*(seconds_of(cache.get(key(n))) for n in range(300)))
-            assert max(took) < TIMEOUT + SLACK
+            in_time(max(took), TIMEOUT + SLACK)
             assert cache.troubles.late + cache.troubles.unreachable == 300
             server.stop()
 
@@ -364,7 +367,6 @@ async def test_warnings_are_few_however_often_it_fails(tmp_path: Path, caplog: p
     assert len(warnings_of(caplog)) == 1
 
 
-@timed
 async def test_a_busy_event_loop_is_no_slow_store(cache: RedisCache) -> None:
     quick = RedisCache(cache.place, timeout=0.05)
     async with opened(quick):
@@ -498,9 +500,9 @@ async def test_whatever_is_at_the_address_no_call_fails_and_none_waits_long(
 ) -> None:
     async with playing(answer) as url, asyncio.timeout(20), opened(cache := RedisCache(url, timeout=TIMEOUT)):
         for _ in range(20):
-            assert await seconds_of(cache.get(key(0))) < TIMEOUT + SLACK
+            in_time(await seconds_of(cache.get(key(0))), TIMEOUT + SLACK)
             assert await cache.get(key(0)) is None
-            assert await seconds_of(cache.set(key(0), b"a secret of the user")) < TIMEOUT + SLACK
+            in_time(await seconds_of(cache.set(key(0), b"a secret of the user")), TIMEOUT + SLACK)
             async with cache.lease(key(0)) as lease:
                 assert lease.state == "none"
         assert cache.troubles.unlocked == 20

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.serving import Server, serving, upstream
+from tests.timed import in_time, timed
 
 from asmodel import structured
 from asmodel.calls import Reply, ToolCall
@@ -169,6 +170,7 @@ HOSTILE = "(a+)+$"
 EVIL = "a" * 60 + "!"
 
 
+@timed
 @pytest.mark.parametrize(
     ("schema", "answer"),
     [
@@ -194,7 +196,7 @@ EVIL = "a" * 60 + "!"
 def test_patterns_are_never_run_wherever_they_stand(schema: object, answer: object) -> None:
     began = time.monotonic()
     assert misfit(schema, json.dumps(answer)) is None
-    assert time.monotonic() - began < 10
+    in_time(time.monotonic() - began, 2)
 
 
 def test_names_that_a_pattern_may_stand_for_are_no_misfits_and_others_are() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.timed import timed
+from tests.timed import in_time, timed
 
 from asmodel.calls import Call, Chat, Completion, Delta, Embed, Message, Reply, Score, Terms, ToolCall
 from asmodel.errors import UpstreamUnavailable
@@ -221,11 +221,11 @@ async def test_small_answers_do_not_wait_for_acknowledgements() -> None:
     with ScriptedServer() as server:
         async with aiohttp.ClientSession() as session:
             started = time.monotonic()
-            for _ in range(100):
+            for _ in range(30):
                 async with session.post(f"{server.base_url}/chat/completions", json={"messages": []}) as response:
                     await response.read()
             # Nagle's algorithm against delayed acknowledgements costs 40 ms each.
-            assert time.monotonic() - started < 3
+            in_time(time.monotonic() - started, 0.6)
 
 
 @pytest.mark.parametrize("fault", [Fault(reset=True), Fault(after=2, reset=True)])
@@ -247,7 +247,9 @@ async def test_it_is_seen_when_a_client_leaves() -> None:
         assert server.in_flight == 1
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
+        left = time.monotonic()
         await asyncio.sleep(0.1)
+        in_time(time.monotonic() - left, 0.15)
         (received,) = server.requests
         assert received.left_at is not None
         assert received.answered_at is None

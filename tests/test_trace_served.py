@@ -15,7 +15,6 @@ import pytest
 from openai import OpenAIError
 from tests.collecting import Sink
 from tests.serving import COMMAND, Server, command, environment, eventually, serving, upstream
-from tests.timed import timed
 
 from asmodel import trace_reader, trace_time
 from asmodel.testing import Fault, Received, ScriptedServer
@@ -174,7 +173,6 @@ def test_who_may_can_have_a_request_traced_whatever_the_sampler_says(tmp_path: P
     assert len(ended(tmp_path, 3)) == 3, "the local file has them all"
 
 
-@timed
 def test_of_a_mixed_load_each_runs_time_is_accounted_for_and_each_ending_is_told(tmp_path: Path) -> None:
     seen: dict[str, int] = {}
 

@@ -23,7 +23,7 @@ from tests.e2e import images, stores
 from tests.leasing import LEASE_SECONDS, once
 from tests.redis_serving import Store, free_port, running
 from tests.serving import create, serving, upstream
-from tests.timed import timed
+from tests.timed import in_time, timed
 
 from asmodel.conformance import check_cache, opened
 from asmodel.testing import ScriptedServer
@@ -87,7 +87,7 @@ async def test_a_long_list_holds_up_nobody(server: Store) -> None:
             assert await busy.get("k1") is not None
             took.append(time.monotonic() - began)
         assert (await listing)["entries"] == 20_000
-        assert max(took) < SLACK
+        in_time(max(took), SLACK)
         assert await cache.clear(tag="t3") == 20_000 // 7
 
 
@@ -151,7 +151,7 @@ async def test_stopped_paused_and_restarted_under_load_no_call_fails_and_waits_a
             back = await until(works(cache, f"after-{name}"))
             slowest = calls.slowest(began)
             told.append(f"{name}: slowest call {slowest * 1000:.0f} ms, in use again {back:.2f} s after")
-            assert slowest < TIMEOUT + SLACK
+            in_time(slowest, TIMEOUT + SLACK)
             assert cache.troubles.outages > outages
     with capsys.disabled():
         print("", *told, cache.troubles, sep="\n  ")
@@ -377,7 +377,7 @@ async def test_a_cluster_is_one_store_and_goes_on_when_a_replica_takes_over(prog
 
             async with load(cache, 4) as calls:
                 await until(all_there)
-                assert calls.slowest(began) < TIMEOUT + SLACK
+                in_time(calls.slowest(began), TIMEOUT + SLACK)
             assert await cache.clear(tag="t") == 300
 
 
