@@ -25,14 +25,8 @@ from asmodel.errors import ConfigurationError, Unsupported, UpstreamAuth, Upstre
 from asmodel.plugins import make
 from asmodel_plugins import embedded_weights
 from asmodel_plugins.embedded_child import threads_for
-from asmodel_plugins.embedded_upstream import (
-    ADDRESS_VARIABLE,
-    KEY_VARIABLE,
-    EmbeddedChild,
-    EmbeddedUpstream,
-    announced,
-    announcement,
-)
+from asmodel_plugins.embedded_process import ADDRESS_VARIABLE, KEY_VARIABLE, EmbeddedChild, announced, announcement
+from asmodel_plugins.embedded_upstream import EmbeddedUpstream
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -453,7 +447,7 @@ async def test_a_killed_child_is_started_again_and_the_next_call_is_answered(wei
 def test_a_killed_parent_leaves_no_child(weights: Path, while_loading: bool) -> None:
     code = (
         "import pathlib, sys, threading, time\n"
-        "from asmodel_plugins.embedded_upstream import EmbeddedChild\n"
+        "from asmodel_plugins.embedded_process import EmbeddedChild\n"
         "child = EmbeddedChild(slots=2, context=512, cache_dir=pathlib.Path(sys.argv[2]))\n"
         "threading.Thread(target=child.start, daemon=True).start()\n"
         "while child.pid is None or (sys.argv[1] == 'served' and not child.identity): time.sleep(0.01)\n"

@@ -35,7 +35,8 @@ from asmodel.errors import (
 from asmodel.likelihood import continuation_of, proven
 from asmodel.protocols import Detecting, Openable, Upstream
 from asmodel.testing import Fault, Received, Scores, ScriptedServer, ServerAnswer, ToyModel
-from asmodel_plugins.openai_upstream import Events, OpenAIUpstream, Stream
+from asmodel_plugins.openai_stream import Events, Stream
+from asmodel_plugins.openai_upstream import OpenAIUpstream
 
 KEY = "sk-test-0123456789abcdef"
 ASKED = "What is under the lantern?"
